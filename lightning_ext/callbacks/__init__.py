@@ -1,0 +1,1 @@
+"""Callbacks to attach to a Trainer."""

@@ -1,0 +1,1 @@
+"""LightningModules to subclass or to run."""

@@ -1,0 +1,1 @@
+"""Layers and model parts: plain ``torch.nn.Module``."""
