@@ -36,11 +36,18 @@ class _CLI(LightningCLI):  # type: ignore[misc, valid-type]
         self.config = parser.parse_args(args)
 
 
-def _raised_here(error: BaseException) -> bool:
-    """Tell whether our own code raised ``error``, which then is a sentence for the user and no accident."""
-    frames = list(traceback.walk_tb(error.__traceback__))
+def _own_message(error: BaseException | None) -> str | None:
+    """Return the message of the first error in the chain that our own code raised: a sentence for the user.
+
+    jsonargparse wraps what a constructor raises into a report on every type of a union that did not fit.
+    """
     package = Path(__file__).resolve().parent
-    return bool(frames) and Path(frames[-1][0].f_code.co_filename).resolve().is_relative_to(package)
+    while error is not None:
+        frames = list(traceback.walk_tb(error.__traceback__))
+        if frames and Path(frames[-1][0].f_code.co_filename).resolve().is_relative_to(package):
+            return str(error)
+        error = error.__cause__
+    return None
 
 
 def train(args: Sequence[str]) -> None:
@@ -68,6 +75,7 @@ def train(args: Sequence[str]) -> None:
     except (MisconfigurationException, FileNotFoundError) as error:
         raise UserError(str(error)) from error
     except (TypeError, ValueError, RuntimeError) as error:
-        if _raised_here(error):
-            raise UserError(str(error)) from error
-        raise
+        message = _own_message(error)
+        if message is None:
+            raise
+        raise UserError(message) from error
