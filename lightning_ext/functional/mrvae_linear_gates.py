@@ -93,9 +93,8 @@ def theorem1_gates(
     zero, one = torch.zeros_like(eigenvalues[:k]), torch.ones_like(eigenvalues[:k])
 
     left, singular, right = torch.linalg.svd(decoder, full_matrices=False)
-    singular = torch.where(
-        singular > max(decoder.shape) * torch.finfo(singular.dtype).eps * singular.amax(), singular, 0.0
-    )
+    noise = max(decoder.shape) * torch.finfo(singular.dtype).eps * singular[:1]
+    singular = torch.where(singular > noise, singular, 0.0)
     inverse = torch.where(singular > 0, torch.exp(-_log_or_zero(singular)), 0.0)
     shrink = _standardise(-_indicator(singular), 2 * _log_or_zero(singular), *span)
     encoder = (GatedLinear(left.T, *shrink, "sigmoid"), GatedLinear(2 * right.T * inverse, zero, zero, "sigmoid"))
@@ -164,7 +163,7 @@ def _decoder_gates(
     spectrum: Tensor, directions: Tensor, low: float, high: float, decoder_variance: float
 ) -> tuple[GatedLinear, GatedLinear]:
     gate = _standardise(_indicator(spectrum), -_log_or_zero(spectrum), low, high, decoder_variance)
-    zero = torch.zeros_like(directions.sum(1))
+    zero = directions.new_zeros(len(directions))
     identity = torch.eye(spectrum.numel(), dtype=spectrum.dtype, device=spectrum.device)
     return GatedLinear(identity, *gate, "sqrt"), GatedLinear(directions * spectrum.sqrt(), zero, zero, "none")
 

@@ -360,6 +360,11 @@ class TestGates:
         _, _, decoder = assemble(theorem1_gates(covariance, 3, LOW, HIGH, decoder_variance=spread), 0.8)
         torch.testing.assert_close(decoder, best.decoder, rtol=1e-9, atol=1e-12)
 
+    def test_no_latent_at_all(self):
+        encoder, variance, decoder = assemble(theorem1_gates(torch.eye(3), 0), 1.0)
+        assert (encoder.shape, variance.shape, decoder.shape) == ((0, 3), (0,), (3, 0))
+        assert linear_vae_terms(encoder, decoder, variance, torch.eye(3)) == (0.0, 1.5)
+
     def test_a_range_of_one_point(self):
         gates = joint_exact_gates(torch.diag(S1), 2, low=0.5, high=0.5)
         assert not gates.encoder[0].gate_weight.any()
