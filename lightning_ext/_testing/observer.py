@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lightning_ext._lightning import Callback, LightningModule
-from lightning_ext.testing._bitwise import (
+from lightning_ext._testing.bitwise import (
     Trace,
     first_difference,
     fit,

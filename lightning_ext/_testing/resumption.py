@@ -1,6 +1,7 @@
 """Does a crashed and resumed training end as if nothing had happened? :func:`assert_resumes`."""
 
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +11,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch.utils.data import default_collate
 
 from lightning_ext._lightning import Callback, LightningModule, Trainer, submodule
-from lightning_ext.testing._bitwise import first_difference, fit, quiet_trainer, seeded
+from lightning_ext._testing.bitwise import first_difference, fit, quiet_trainer, seeded
 
 __all__ = ["StatefulLoader", "assert_resumes"]
 
@@ -38,7 +39,7 @@ class StatefulLoader:
     True
     >>> state = loader.state_dict()
     >>> resumed = StatefulLoader(range(6), batch_size=2)
-    ... resumed.load_state_dict(state)
+    >>> resumed.load_state_dict(state)
     >>> [batch.tolist() for batch in resumed] == rest
     True
     """
@@ -172,7 +173,8 @@ def assert_resumes(
     expected = _train(module_factory, data_factory, callbacks_factory(), seed, max_epochs, trainer_kwargs)
     with tempfile.TemporaryDirectory() as folder:
         when = {"every_n_train_steps": 1} if checkpoint == "step" else {"save_on_train_epoch_end": True}
-        saver = submodule("callbacks").ModelCheckpoint(dirpath=folder, filename="{step}", **when)
+        model_checkpoint = submodule("callbacks").ModelCheckpoint
+        saver = model_checkpoint(dirpath=folder, filename="{step}", **when)
         crashing = [
             *callbacks_factory(),
             _CrashAt(*crash_at, mid_epoch=checkpoint == "step" and crash_at[1] > 0),
@@ -190,10 +192,10 @@ def assert_resumes(
         resumed = _train(
             module_factory,
             data_factory,
-            callbacks_factory(),
+            [*callbacks_factory(), model_checkpoint(dirpath=folder, filename="{step}", **when)],
             seed + 1,
             max_epochs,
-            trainer_kwargs,
+            keep,
             ckpt_path=saver.best_model_path,
             weights_only=True,
         )
@@ -212,7 +214,8 @@ def _train(
     **fit_kwargs: Any,
 ) -> dict[str, Any]:
     """Train and return what a checkpoint of the end holds, less the saver's own record and the loop counters."""
-    with seeded(seed), tempfile.TemporaryDirectory() as folder:
+    with seeded(seed), tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Checkpoint directory .* exists")  # as it does for a resumed run
         trainer = quiet_trainer(callbacks, {**trainer_kwargs, "max_epochs": max_epochs})
         fit(trainer, module_factory(), data_factory(), **fit_kwargs)
         path = Path(folder, "end.ckpt")

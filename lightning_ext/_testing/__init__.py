@@ -1,0 +1,1 @@
+"""The rooms behind :mod:`lightning_ext.testing`."""
