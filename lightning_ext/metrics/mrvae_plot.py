@@ -1,0 +1,133 @@
+"""Figures of rate-distortion curves and information matrices. Matplotlib is imported only when one is drawn."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_INK, _PALE = "#3a3f4a", "#c3c8d1"
+_MARKERS = "sD^vPX*<>"
+
+
+def plot_rate_distortion(
+    curves: Sequence[Mapping[str, Tensor]], ax: Any = None, baselines: Mapping[str, tuple[Any, Any]] | None = None
+) -> tuple[Any, Any]:
+    """Draw distortion against rate; the last curve coloured by beta, earlier ones pale, baselines as marked points."""
+    if not curves:
+        raise ValueError("plot needs at least one computed curve, got an empty sequence.")
+    figure, axes = _axes(ax, (6.4, 4.4))
+    for earlier in curves[:-1]:
+        axes.plot(*_points(earlier)[1:], color=_PALE, lw=1, marker=".", ms=4, zorder=1)
+    _draw_curve(figure, axes, *_points(curves[-1]))
+    for (label, (rate, distortion)), marker in zip((baselines or {}).items(), _cycle(_MARKERS), strict=False):
+        axes.scatter(
+            _numbers(rate),
+            _numbers(distortion),
+            marker=marker,
+            s=58,
+            facecolor="white",
+            edgecolor="#c2410c",
+            lw=1.6,
+            label=label,
+            zorder=4,
+        )
+    axes.set(xlabel="rate R (nats)", ylabel="distortion D (nats)")
+    axes.margins(0.06)
+    _quieten(axes)
+    axes.grid(color="#e6e8ec", lw=0.8)
+    axes.set_axisbelow(True)
+    axes.legend(frameon=False, fontsize=9)
+    return figure, axes
+
+
+def plot_information(
+    value: Mapping[str, Tensor], ax: Any = None, factor_names: Sequence[str] | None = None
+) -> tuple[Any, Any]:
+    """Draw a heat map of the mutual information between latents (rows) and factors (columns)."""
+    matrix = value["mutual_information"].detach().cpu()
+    latents, factors = matrix.shape
+    names = [f"factor {f}" for f in range(factors)] if factor_names is None else list(factor_names)
+    if len(names) != factors:
+        raise ValueError(f"factor_names must name {factors} factors, got {len(names)}: {names}.")
+    figure, axes = _axes(ax, (1.6 + 0.9 * factors, 1.4 + 0.38 * latents))
+    image = axes.imshow(matrix.tolist(), cmap="cividis", vmin=0, aspect="auto")
+    if latents * factors <= 120:
+        middle = matrix.max().item() / 2
+        for (row, column), cell in zip(
+            torch.cartesian_prod(*map(torch.arange, matrix.shape)), matrix.flatten(), strict=True
+        ):
+            colour = "#111111" if cell > middle else "#f5f5f5"
+            axes.text(int(column), int(row), f"{cell:.2f}", ha="center", va="center", fontsize=8, color=colour)
+    gaps = value["gap"].reshape(-1).tolist()
+    axes.set_xticks(range(factors), [f"{name}\ngap {gap:.2f}" for name, gap in zip(names, gaps, strict=True)])
+    axes.set_yticks(range(latents), [f"$z_{{{j}}}$" for j in range(latents)])
+    axes.set_title(f"MIG {value['mig'].item():.3f}", fontsize=11, color=_INK)
+    axes.tick_params(length=0)
+    for side in axes.spines.values():
+        side.set_visible(False)
+    bar = figure.colorbar(image, ax=axes, pad=0.03)
+    bar.set_label("mutual information (nats)")
+    bar.outline.set_visible(False)
+    return figure, axes
+
+
+def _draw_curve(figure: Any, axes: Any, beta: list[float], rate: list[float], distortion: list[float]) -> None:
+    from matplotlib.colors import LogNorm
+
+    axes.plot(rate, distortion, color=_INK, lw=1.2, alpha=0.55, zorder=2)
+    span = LogNorm(min(beta), max(beta)) if len(beta) > 1 else None
+    points = axes.scatter(
+        rate, distortion, c=beta, cmap="viridis", norm=span, s=46, edgecolor="white", lw=0.8, label="curve", zorder=3
+    )
+    bar = figure.colorbar(points, ax=axes, pad=0.02)
+    bar.set_label("beta")
+    bar.outline.set_visible(False)
+    best = min(range(len(beta)), key=lambda k: rate[k] + distortion[k])
+    axes.scatter(
+        rate[best],
+        distortion[best],
+        s=150,
+        facecolor="none",
+        edgecolor=_INK,
+        lw=1.3,
+        zorder=3,
+        label=f"best ELBO {-(rate[best] + distortion[best]):.4g} at beta {beta[best]:.3g}",
+    )
+
+
+def _points(curve: Mapping[str, Tensor]) -> tuple[list[float], list[float], list[float]]:
+    """Beta, rate and distortion of the measured points, by beta."""
+    columns = torch.stack([curve[name].detach().cpu().reshape(-1) for name in ("beta", "rate", "distortion")])
+    columns = columns[:, columns.isfinite().all(0)]
+    if columns.shape[1] == 0:
+        raise ValueError("The curve has no finite point to draw.")
+    beta, rate, distortion = columns[:, columns[0].argsort()].tolist()
+    return beta, rate, distortion
+
+
+def _axes(ax: Any, size: tuple[float, float]) -> tuple[Any, Any]:
+    try:
+        import matplotlib.pyplot as plt
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "Plotting needs matplotlib, which is not installed: pip install 'lightning-ext[plot]'"
+        ) from error
+    return (ax.figure, ax) if ax is not None else plt.subplots(figsize=size, layout="constrained")
+
+
+def _quieten(axes: Any) -> None:
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color("#9aa1ad")
+    axes.tick_params(color="#9aa1ad", labelcolor=_INK)
+
+
+def _numbers(values: Any) -> list[float]:
+    numbers: list[float] = torch.as_tensor(values, dtype=torch.float64).reshape(-1).tolist()
+    return numbers
+
+
+def _cycle(marks: str) -> str:
+    return marks * 20
