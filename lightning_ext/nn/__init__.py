@@ -1,1 +1,35 @@
 """Layers and model parts: plain ``torch.nn.Module``."""
+
+from lightning_ext.nn.mrvae import LogUniformBeta, RateContext
+from lightning_ext.nn.mrvae_convert import convert_to_multirate, posterior_parameters, reconstruction_parameters
+from lightning_ext.nn.mrvae_fold import fold
+from lightning_ext.nn.mrvae_gates import GatedFiLM, LogVarianceGate, PosteriorGate, RateConditioner, RateFiLM, RateGate
+from lightning_ext.nn.mrvae_nets import (
+    LadderDecoder,
+    LadderEncoder,
+    MLPDecoder,
+    MLPEncoder,
+    ResNetDecoder,
+    ResNetEncoder,
+)
+
+__all__ = [
+    "GatedFiLM",
+    "LadderDecoder",
+    "LadderEncoder",
+    "LogUniformBeta",
+    "LogVarianceGate",
+    "MLPDecoder",
+    "MLPEncoder",
+    "PosteriorGate",
+    "RateConditioner",
+    "RateContext",
+    "RateFiLM",
+    "RateGate",
+    "ResNetDecoder",
+    "ResNetEncoder",
+    "convert_to_multirate",
+    "fold",
+    "posterior_parameters",
+    "reconstruction_parameters",
+]
