@@ -36,6 +36,9 @@ class RateDistortionCallback(Callback):
         num_betas: number of betas, evenly spaced on a log scale over the module's range.
         betas: explicit betas instead of a grid, ascending, inside the module's range.
         every_n_epochs: measure in every n-th training epoch only.
+        reference_point: ``(rate, distortion)``, the corner of the hypervolume; without it none is logged.
+        rate_interval: rates, in nats, between which ``auc`` averages the distortion; default: the whole curve. Give one
+            to compare runs.
         log_figure: hand a picture of the curve to every logger that takes figures (needs matplotlib).
         save_csv: write the curve to ``<log dir>/rate_distortion/<stage>_epoch=<n>.csv``.
         baselines: points to draw beside the curve, ``{label: [[rate, distortion], ...]}``.
@@ -49,7 +52,7 @@ class RateDistortionCallback(Callback):
         MisconfigurationException: the module is not a :class:`lightning_ext.modules.MultiRateMixin`, or the strategy
             shards its parameters (FSDP, ModelParallel, DeepSpeed).
 
-    Logged: ``mrvae/auc``, ``mrvae/hypervolume``, ``mrvae/slope_error``, ``mrvae/best_elbo``,
+    Logged: ``mrvae/auc``, ``mrvae/slope_error``, ``mrvae/hypervolume`` (with a reference point), ``mrvae/best_elbo``,
     ``mrvae/beta_at_best_elbo`` and, where the module returns posterior means, ``mrvae/active_units`` (at the beta
     nearest to 1).
 
@@ -62,6 +65,8 @@ class RateDistortionCallback(Callback):
         num_betas: int = 20,
         betas: Sequence[float] | None = None,
         every_n_epochs: int = 1,
+        reference_point: Sequence[float] | None = None,
+        rate_interval: Sequence[float] | None = None,
         log_figure: bool = True,
         save_csv: bool = True,
         baselines: dict[str, list[list[float]]] | None = None,
@@ -73,6 +78,8 @@ class RateDistortionCallback(Callback):
         self.num_betas = num_betas
         self.betas = None if betas is None else [float(beta) for beta in betas]
         self.every_n_epochs = every_n_epochs
+        self.reference_point = reference_point
+        self.rate_interval = rate_interval
         self.log_figure = log_figure
         self.save_csv = save_csv
         self.baselines = baselines
@@ -142,7 +149,8 @@ class RateDistortionCallback(Callback):
         assert isinstance(pl_module, MultiRateMixin)
         betas = pl_module.beta_prior.grid(self.num_betas) if self.betas is None else self.betas
         latent_dim = getattr(pl_module, "latent_dim", None)
-        self._metric = RateDistortionCurve(betas, latent_dim=latent_dim).to(pl_module.device)
+        metric = RateDistortionCurve(betas, latent_dim, self.reference_point, self.rate_interval)
+        self._metric = metric.to(pl_module.device)
 
     def _sweep(self, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._metric is None:
@@ -207,7 +215,7 @@ def _points(points: Sequence[Sequence[float]]) -> tuple[Tensor, Tensor]:
 def _summary(curve: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The scalars of a curve that are worth a line in a logger."""
     best = int(torch.nan_to_num(curve["elbo"], nan=-torch.inf).argmax())
-    values = {name: curve[name] for name in ("auc", "hypervolume", "slope_error")}
+    values = {name: curve[name] for name in ("auc", "hypervolume", "slope_error") if name in curve}
     values |= {"best_elbo": curve["elbo"][best], "beta_at_best_elbo": curve["beta"][best]}
     if "active_units" in curve:
         values["active_units"] = curve["active_units"][int(curve["beta"].log().abs().argmin())]

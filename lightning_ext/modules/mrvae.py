@@ -7,7 +7,7 @@ ICLR 2023, arXiv 2212.03905.
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +30,9 @@ class MultiRateMixin(AddressedNoise):
     r"""Makes a LightningModule of yours multi-rate: betas are drawn, set in the gates and weight the rate for you.
 
     Put it before your class, call :meth:`make_multirate` at the end of ``__init__`` and implement
-    :meth:`rate_distortion`; ``training_step`` and ``validation_step`` come from here. Draw noise with ``self.noise``,
-    and a resumed run equals an uninterrupted one. The terms need not be those of a VAE: any pair :math:`(B_i, A_i)`
-    with a loss :math:`A_i + \beta B_i` works.
+    ``rate_distortion(batch)``, which returns a :class:`RateDistortion` at the betas set in the gates; ``training_step``
+    and ``validation_step`` come from here. Draw noise with ``self.noise``, and a resumed run equals an uninterrupted
+    one. The terms need not be those of a VAE: any pair :math:`(B_i, A_i)` with a loss :math:`A_i + \beta B_i` works.
 
     Example:
         >>> from lightning_ext.nn import MLPDecoder, MLPEncoder
@@ -55,6 +55,11 @@ class MultiRateMixin(AddressedNoise):
     beta_sampling: BetaSampling = "stratified"
     fixed_beta: float | None = None
     """Train at this beta instead of drawing one; a :class:`lightning_ext.callbacks.KLSchedule` may set it."""
+
+    if TYPE_CHECKING:  # at run time it must come from your class, which the mixin stands in front of
+
+        def rate_distortion(self, batch: Any) -> RateDistortion:
+            """Per-sample terms of a batch at the betas set in the gates."""
 
     def make_multirate(
         self,
@@ -80,25 +85,20 @@ class MultiRateMixin(AddressedNoise):
             Names of the gated layers.
 
         Raises:
+            TypeError: the module does not implement ``rate_distortion(batch)``.
             ValueError: the range, the sampling or the networks do not fit.
         """
+        if not callable(getattr(self, "rate_distortion", None)):
+            raise TypeError(
+                f"{type(self).__name__} must implement rate_distortion(batch) and return RateDistortion(rate, "
+                "distortion), one number per sample each."
+            )
         self._set_prior(beta_range, beta_sampling)
         example = torch.zeros(2, *input_shape)
         one_beta = beta_sampling == "batch"
         return convert_to_multirate(
             encoder, decoder, self.rate_context, example, one_beta_per_batch=one_beta, **convert
         )
-
-    def rate_distortion(self, batch: Any) -> RateDistortion:
-        """Per-sample terms of a batch at the betas set in the gates; implement it.
-
-        Args:
-            batch: what the dataloader gives.
-
-        Returns:
-            ``rate`` and ``distortion``, each ``(B,)``, and optionally the posterior means.
-        """
-        raise NotImplementedError(f"{type(self).__name__} must implement rate_distortion(batch).")
 
     def at(self, beta: float | Tensor, num_samples: int = 1, extrapolate: bool = False) -> Any:
         """Context in which the gates are set to beta, see :meth:`lightning_ext.nn.RateContext.at`."""
