@@ -49,6 +49,14 @@ class Net(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)}
 
 
+class Plain(Net):
+    """Without BatchNorm: two processes make the steps of one."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
 class NoisyNet(Net):
     """Draws from the global generator in every step: right in itself, but it cannot resume bit for bit."""
 

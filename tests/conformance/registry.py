@@ -1,0 +1,204 @@
+"""The public components, one entry each; ``test_conformance.py`` runs every check of its kind over every entry."""
+
+import components
+import torch
+import toys
+from entry import Entry
+
+from lightning_ext import callbacks, data, metrics, modules, nn
+
+NOT_COMPONENTS = {
+    "BaseVAE": "abstract: BetaVAE, FreeBitsVAE, SigmaVAE, GECOVAE and MultiRateVAE are it",
+    "RateDistortion": "a dataclass of tensors that modules return",
+    "RateConditioner": "abstract: RateGate, RateFiLM, LogVarianceGate, PosteriorGate and GatedFiLM are it",
+}
+
+_NO_RECIPE = "a baseline or a building block: the recipe is the one of its method"
+_VAE = {"networks": ("encoder", "decoder"), "dataset": components.pixels, "quiet": components.without_noise}
+_PER_RANK = "the batch of one rank, not the global one, enters the loss nonlinearly; stated in its docstring"
+_BETAS = "which sample gets which beta depends on the ranks; DDP is shown by ranks that agree, and at one beta"
+_BATCH_BETAS = {"ddp_equals_one_process": _BETAS}
+
+_METHOD = [
+    Entry(["MultiRateVAE"], "module", components.multi_rate, recipe="mrvae", skip=_BATCH_BETAS, **_VAE),
+    Entry(
+        ["MultiRateVAE"],
+        "module",
+        lambda: components.multi_rate(beta_range=(0.5, 0.5)),
+        label="MultiRateVAE-one-beta",
+        skip={"cli_recipe": _NO_RECIPE},
+        **_VAE,
+    ),
+    *(
+        Entry(
+            ["MultiRateVAE"],
+            "module",
+            lambda chosen=chosen: components.multi_rate(**chosen),
+            label="MultiRateVAE-" + "-".join(chosen.values()),
+            skip={"cli_recipe": _NO_RECIPE, **_BATCH_BETAS},
+            **_VAE,
+        )
+        for chosen in ({"conditioning": "film"}, {"conditioning": "none"}, {"beta_sampling": "sample"})
+    ),
+    Entry(
+        ["MultiRateVAE"],
+        "module",
+        components.multi_rate_concat,
+        label="MultiRateVAE-concat",
+        skip={"cli_recipe": _NO_RECIPE, **_BATCH_BETAS},
+        **_VAE,
+    ),
+    Entry(
+        ["MultiRateVAE"],
+        "module",
+        components.multi_rate_ladder,
+        label="MultiRateVAE-hierarchical",
+        skip={"cli_recipe": _NO_RECIPE, **_BATCH_BETAS},
+        **_VAE,
+    ),
+    Entry(
+        ["MultiRateVAE"],
+        "module",
+        lambda: components.multi_rate(objective="tcvae", dataset_size=12, beta_sampling="batch"),
+        label="MultiRateVAE-tcvae",
+        skip={"cli_recipe": _NO_RECIPE, "ddp_equals_one_process": _PER_RANK},
+        **_VAE,
+    ),
+    Entry(
+        ["MultiRateMixin"], "module", components.OwnMultiRate, skip={"cli_recipe": _NO_RECIPE, **_BATCH_BETAS}, **_VAE
+    ),
+]
+
+_BASELINES = [
+    Entry(["BetaVAE"], "module", components.beta_vae, skip={"cli_recipe": _NO_RECIPE}, **_VAE),
+    Entry(
+        ["FreeBitsVAE"],
+        "module",
+        lambda: components.single(modules.FreeBitsVAE),
+        skip={"cli_recipe": _NO_RECIPE, "ddp_equals_one_process": _PER_RANK},
+        **_VAE,
+    ),
+    Entry(
+        ["SigmaVAE"],
+        "module",
+        lambda: components.single(modules.SigmaVAE),
+        skip={"cli_recipe": _NO_RECIPE, "ddp_equals_one_process": _PER_RANK},
+        **_VAE,
+    ),
+    Entry(
+        ["GECOVAE"],
+        "module",
+        lambda: components.single(modules.GECOVAE, target_distortion=2.0),
+        skip={"cli_recipe": _NO_RECIPE},
+        **_VAE,
+    ),
+]
+
+_CALLBACKS = [
+    Entry(
+        ["RateDistortionCallback"],
+        "callback-observer",
+        lambda: callbacks.RateDistortionCallback(num_betas=3),
+        other=lambda: callbacks.RateDistortionCallback(betas=[0.1, 1.0], reference_point=[50.0, 50.0]),
+        module=lambda: components.multi_rate(beta_range=(0.05, 2.0)),
+        recipe="mrvae",
+        skip=_BATCH_BETAS,
+        **_VAE,
+    ),
+    *(
+        Entry(
+            ["KLSchedule"],
+            "callback-method",
+            lambda chosen=chosen: callbacks.KLSchedule(**chosen),
+            module=components.beta_vae,
+            label="KLSchedule-" + "-".join(chosen.values()),
+            skip={
+                "cli_recipe": _NO_RECIPE,
+                "fsdp_is_refused_or_stated": "it sets one plain attribute of the module and touches no parameter",
+            },
+            **_VAE,
+        )
+        for chosen in ({"schedule": "monotonic"}, {"schedule": "cyclical", "interval": "step"})
+    ),
+]
+
+_DATA = [
+    Entry(
+        ["DigitsDataModule"],
+        "data",
+        lambda: data.DigitsDataModule(batch_size=16),
+        other=lambda: data.DigitsDataModule(batch_size=8, binarize=False),
+        module=components.digits_vae,
+        networks=("encoder", "decoder"),
+        recipe="mrvae",
+        skip={"ddp_equals_one_process": "Lightning shards its loaders with a shuffling sampler of its own"},
+    )
+]
+
+_METRICS = [
+    Entry(
+        ["RateDistortionCurve"],
+        "metric",
+        lambda: metrics.RateDistortionCurve([0.1, 1.0, 5.0], latent_dim=2, reference_point=(9.0, 9.0)),
+        other=lambda: metrics.RateDistortionCurve([0.1, 1.0, 5.0], latent_dim=2),
+        batches=components.curve_batches,
+        reference=components.curve_reference,
+    ),
+    Entry(
+        ["MutualInformationGap"],
+        "metric",
+        lambda: metrics.MutualInformationGap([2, 3], latent_dim=2, num_bins=4),
+        batches=components.factor_batches,
+        metric_options={"empty_rank": True},
+    ),
+]
+
+_NN = [
+    Entry(["MLPEncoder"], "nn", lambda: nn.MLPEncoder([6], [5], 2), inputs=lambda: (torch.ones(3, 6),)),
+    Entry(["MLPDecoder"], "nn", lambda: nn.MLPDecoder(2, [5], [6]), inputs=lambda: (torch.ones(3, 2),)),
+    Entry(["ResNetEncoder"], "nn", lambda: nn.ResNetEncoder(2, 4), inputs=lambda: (torch.ones(2, 1, 28, 28),)),
+    Entry(["ResNetDecoder"], "nn", lambda: nn.ResNetDecoder(2, 4), inputs=lambda: (torch.ones(2, 2),)),
+    Entry(["LadderEncoder"], "nn", lambda: nn.LadderEncoder([6], 5), inputs=lambda: (torch.ones(3, 6),)),
+    Entry(
+        ["LadderDecoder"],
+        "nn",
+        lambda: nn.LadderDecoder(5, [2, 3], [6]),
+        inputs=lambda: ((torch.ones(3, 5), torch.ones(3, 5)), torch.zeros_like),
+    ),
+    Entry(
+        ["LogUniformBeta"],
+        "nn",
+        lambda: nn.LogUniformBeta(0.1, 2.0),
+        inputs=lambda: (torch.tensor([0.1, 0.5, 2.0]),),
+        call=lambda module, inputs: module.standardize(*inputs),
+        skip={
+            "fsdp_shards": "it has a buffer of two numbers and no parameter",
+            "compiled": "it has no forward: a distribution, called through its methods",
+        },
+    ),
+    *(
+        Entry([name], "nn", build, inputs=lambda: (torch.ones(3, 4),), call=components.at_two_betas)
+        for name, build in components.CONDITIONERS.items()
+    ),
+]
+
+REGISTRY = [*_METHOD, *_BASELINES, *_CALLBACKS, *_DATA, *_METRICS, *_NN]
+
+TOYS = [
+    Entry(
+        ["Norm"],
+        "callback-observer",
+        toys.Norm,
+        other=lambda: toys.Norm(2),
+        module=toys.Plain,
+        skip={
+            "cli_recipe": "a toy of the tests has no recipe",
+            "fsdp_is_refused_or_stated": "a toy of the tests, planted only where this is the fault",
+        },
+    ),
+    Entry(["Plain"], "module", toys.Plain, skip={"cli_recipe": "a toy of the tests has no recipe"}),
+    Entry(
+        ["Mean"], "metric", toys.Mean, batches=lambda: [(torch.arange(n + 1.0),) for n in range(3)], label="Mean-toy"
+    ),
+    Entry(["Linear"], "nn", lambda: torch.nn.Linear(4, 2), inputs=lambda: (torch.ones(3, 4),), label="Linear-toy"),
+]
