@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 _INK, _PALE = "#3a3f4a", "#c3c8d1"
-_MARKERS = "sD^vPX*<>"
+_MARKERS, _ACCENTS = "sD^v<>P", ("#c2410c", "#be185d", "#92400e", "#6b7280")
 
 
 def plot_rate_distortion(
@@ -20,14 +20,14 @@ def plot_rate_distortion(
     for earlier in curves[:-1]:
         axes.plot(*_points(earlier)[1:], color=_PALE, lw=1, marker=".", ms=4, zorder=1)
     _draw_curve(figure, axes, *_points(curves[-1]))
-    for (label, (rate, distortion)), marker in zip((baselines or {}).items(), _cycle(_MARKERS), strict=False):
+    for place, (label, (rate, distortion)) in enumerate((baselines or {}).items()):
         axes.scatter(
             _numbers(rate),
             _numbers(distortion),
-            marker=marker,
-            s=58,
-            facecolor="white",
-            edgecolor="#c2410c",
+            marker=_MARKERS[place % len(_MARKERS)],
+            s=70,
+            facecolor="none",
+            edgecolor=_ACCENTS[place % len(_ACCENTS)],
             lw=1.6,
             label=label,
             zorder=4,
@@ -73,26 +73,35 @@ def plot_information(
 
 
 def _draw_curve(figure: Any, axes: Any, beta: list[float], rate: list[float], distortion: list[float]) -> None:
-    from matplotlib.colors import LogNorm
+    from matplotlib import colormaps
+    from matplotlib.colors import ListedColormap, LogNorm
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
     axes.plot(rate, distortion, color=_INK, lw=1.2, alpha=0.55, zorder=2)
+    shades = ListedColormap(colormaps["viridis"](torch.linspace(0, 0.9, 256).tolist()))  # pale yellow fades on white
     span = LogNorm(min(beta), max(beta)) if len(beta) > 1 else None
     points = axes.scatter(
-        rate, distortion, c=beta, cmap="viridis", norm=span, s=46, edgecolor="white", lw=0.8, label="curve", zorder=3
+        rate, distortion, c=beta, cmap=shades, norm=span, s=50, edgecolor="white", lw=0.7, label="curve", zorder=3
     )
     bar = figure.colorbar(points, ax=axes, pad=0.02)
-    bar.set_label("beta")
+    bar.set_label("\u03b2, the weight of the rate", color=_INK)
     bar.outline.set_visible(False)
+    if span is not None:
+        bar.ax.yaxis.set(
+            major_locator=LogLocator(subs=(1.0,) if max(beta) > 99 * min(beta) else (1.0, 2.0, 5.0)),
+            minor_locator=NullLocator(),
+        )
+        bar.ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     best = min(range(len(beta)), key=lambda k: rate[k] + distortion[k])
     axes.scatter(
         rate[best],
         distortion[best],
-        s=150,
+        s=170,
         facecolor="none",
         edgecolor=_INK,
         lw=1.3,
         zorder=3,
-        label=f"best ELBO {-(rate[best] + distortion[best]):.4g} at beta {beta[best]:.3g}",
+        label=f"best ELBO {-(rate[best] + distortion[best]):.1f} at \u03b2 = {beta[best]:.2g}",
     )
 
 
@@ -127,7 +136,3 @@ def _quieten(axes: Any) -> None:
 def _numbers(values: Any) -> list[float]:
     numbers: list[float] = torch.as_tensor(values, dtype=torch.float64).reshape(-1).tolist()
     return numbers
-
-
-def _cycle(marks: str) -> str:
-    return marks * 20
