@@ -11,11 +11,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torchmetrics
-from conformance import toys
 from torch.utils.data import DataLoader
 
 from lightning_ext import testing
 from lightning_ext._lightning import Callback, LightningDataModule, Trainer
+from tests.conformance import toys
 
 
 def _sum_of_ranks(rank, offset):
@@ -262,6 +262,19 @@ class TestAssertResumes:
 
         with pytest.raises(AssertionError, match="state_dict"):
             testing.assert_resumes(toys.Net, lambda: Unguarded(toys.rows(), batch_size=4))
+
+    def test_a_loader_that_lightning_forgot_to_restore_is_explained(self):
+        class AsksTooEarly(toys.Net):
+            def configure_optimizers(self):
+                assert self.trainer.estimated_stepping_batches == 6
+                return super().configure_optimizers()
+
+        with pytest.raises(AssertionError, match=r"never restored the training loader.*estimated_stepping_batches"):
+            testing.assert_resumes(AsksTooEarly, toys.loaders)
+        testing.assert_resumes(AsksTooEarly, toys.loaders, checkpoint="epoch")
+        with pytest.raises(AssertionError) as caught:
+            testing.assert_resumes(toys.NoisyNet, toys.loaders)
+        assert "never restored" not in str(caught.value)
 
     @pytest.mark.parametrize(
         ("kwargs", "message"),

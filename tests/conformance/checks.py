@@ -3,9 +3,7 @@
 A check takes an :class:`entry.Entry` and raises when something is wrong.
 """
 
-import checks_parts
-import checks_processes
-import checks_training
-from suite import CHECKS
+from tests.conformance import checks_parts, checks_processes, checks_training
+from tests.conformance.suite import CHECKS
 
 __all__ = ["CHECKS", "checks_parts", "checks_processes", "checks_training"]

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from entry import Entry
 from lightning_utilities.core.apply_func import apply_to_collection
-from suite import TRAINS, assert_finite, assert_same, check, state_of, total_of, weights
 from torch import Tensor
 from torchmetrics import MetricCollection
 
 from lightning_ext._testing.bitwise import seeded
 from lightning_ext.testing import check_metric
+from tests.conformance.entry import Entry
+from tests.conformance.suite import TRAINS, assert_finite, assert_same, check, state_of, total_of, weights
 
 
 @check(*TRAINS, "metric", "nn")

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from entry import RECIPES, Entry, new_trainer
-from suite import TRAINS, assert_finite, assert_same, check, state_of, train, weights
 
 from lightning_ext._lightning import Callback, LightningDataModule, submodule
 from lightning_ext._testing.bitwise import first_difference, fit, seeded
 from lightning_ext.testing import assert_cli, assert_observer, assert_resumes
+from tests.conformance.entry import RECIPES, Entry, new_trainer
+from tests.conformance.suite import TRAINS, assert_finite, assert_same, check, state_of, train, weights
 
 
 @check("callback-observer", "callback-method")

@@ -5,12 +5,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import toys
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_ext._lightning import Callback, LightningModule, Trainer
 from lightning_ext.testing import StatefulLoader
+from tests.conformance import toys
 
 Kind = Literal["callback-observer", "callback-method", "module", "data", "metric", "nn"]
 RECIPES = Path(__file__).resolve().parents[2] / "callbacks"
@@ -25,7 +25,8 @@ class Entry:
 
     A callback, a module or data: ``module`` and ``dataset`` are what it trains with; ``networks`` names the inner
     networks that get compiled and sharded; ``quiet`` switches a module's own noise off, so that two processes can be
-    compared with one; ``recipe`` is the stem of its YAML file.
+    compared with one; ``recipe`` is the stem of its YAML file; ``not_finite`` names logged values that its
+    documentation allows to be infinite or NaN.
 
     A metric: ``batches`` and ``reference`` as in ``check_metric``. An nn.Module: ``inputs`` builds the arguments of
     its call, and ``call`` may say how it is called.
@@ -40,6 +41,7 @@ class Entry:
     networks: Sequence[str] = ("net",)
     quiet: Callable[[LightningModule], None] = lambda module: None
     recipe: str | None = None
+    not_finite: Sequence[str] = ()
     batches: Callable[[], list[Any]] = list
     reference: Callable[[Sequence[Any]], Any] | None = None
     metric_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)

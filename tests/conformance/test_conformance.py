@@ -4,9 +4,10 @@ import importlib
 import inspect
 
 import pytest
-from checks import CHECKS
-from registry import NOT_COMPONENTS, REGISTRY, TOYS
 from torch import nn
+
+from tests.conformance.checks import CHECKS
+from tests.conformance.registry import NOT_COMPONENTS, REGISTRY, TOYS
 
 CASES = [
     pytest.param(entry, name, marks=getattr(function, "pytestmark", []), id=f"{entry.id}-{name}")

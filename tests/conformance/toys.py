@@ -37,7 +37,7 @@ class Net(LightningModule):
         return loss
 
     def validation_step(self, batch, batch_idx):
-        self.log("val/loss", F.cross_entropy(self(batch[0]), batch[1]), batch_size=len(batch[0]))
+        self.log("val/loss", F.cross_entropy(self(batch[0]), batch[1]), batch_size=len(batch[0]), sync_dist=True)
 
     test_step = validation_step
 
