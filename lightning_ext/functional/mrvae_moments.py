@@ -48,14 +48,8 @@ def merge_moments(moments: Tensor) -> Tensor:
     """
     counts, means, squares = moments.unbind(-1)
     total = counts.sum(0)
-    weights = counts / total.clamp(min=1)
-    # means of empty parts are arbitrary; measured from one of the others, rounding stays relative to the spread
-    used = counts > 0
-    origin = torch.where(used, means, 0.0).gather(0, used.to(torch.uint8).argmax(0, keepdim=True)).squeeze(0)
-    offsets = torch.where(used, means - origin, 0.0)
-    shift = (weights * offsets).sum(0)
-    spread = torch.where(used, squares + counts * (offsets - shift).square(), 0.0).sum(0)
-    return torch.stack([total, origin + shift, spread], -1)
+    mean = (counts * means).sum(0) / total.clamp(min=1)
+    return torch.stack([total, mean, (squares + counts * (means - mean).square()).sum(0)], -1)
 
 
 def update_moments(moments: Tensor, group: Tensor, values: Tensor) -> Tensor:

@@ -30,6 +30,11 @@ class PreciseMetric(Metric):
         finally:
             self._forwarding = False
 
+    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
+        """Add the data of another metric, or of its states, to this one."""
+        super().merge_state(incoming_state)
+        self._computed = None  # the base class would go on returning the value from before
+
     def warn_of(self, problems: Sequence[str]) -> None:
         """One warning, on rank 0, for all problems; none while ``forward`` looks at a single batch."""
         if problems and not self._forwarding:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torchmetrics import Metric
 
 from lightning_ext.functional import (
     active_units,
@@ -161,6 +162,12 @@ class RateDistortionCurve(PreciseMetric):
         summary, reasons = self._summaries(beta[finite], rate[finite], distortion[finite])
         self.warn_of(problems + reasons)
         return curve | summary
+
+    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
+        """Add the data of another curve over the same betas, or of its states, to this one."""
+        if isinstance(incoming_state, RateDistortionCurve) and incoming_state.betas != self.betas:
+            raise ValueError(f"Only curves over equal betas merge, got {incoming_state.betas} into {self.betas}.")
+        super().merge_state(incoming_state)
 
     def plot(
         self,

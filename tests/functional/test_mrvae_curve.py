@@ -100,8 +100,8 @@ class TestAUC:
         ("curve", "mean"),
         [
             (
-                "118.9,51.8 114.2,51.7 109.2,51.8 103.7,51.8 97.9,51.9 91.8,52.1 85.4,52.5 78.7,53.2 71.9,54.2 64.8,55.7 "
-                "57.6,58 50.1,61.3 42.4,66.3 34.4,73.4 26.1,84.3 17.9,99.3 10.2,120.2 4.3,143.3 1.8,157.1 .9,164.4",
+                "118.9,51.8 114.2,51.7 109.2,51.8 103.7,51.8 97.9,51.9 91.8,52.1 85.4,52.5 78.7,53.2 71.9,54.2 "
+                "64.8,55.7 57.6,58 50.1,61.3 42.4,66.3 34.4,73.4 26.1,84.3 17.9,99.3 10.2,120.2 4.3,143.3 1.8,157.1 .9,164.4",
                 66.97,
             ),
             ("121.5,51.7 106.3,52.4 89.8,53.7 72.5,56.4 53,62.2 33.7,75.6 18.2,100.5 5.4,137.2 .7,165.7", 69.00),
@@ -225,13 +225,22 @@ class TestTargets:
         betas = torch.tensor([0.01, 0.1, 1.0, 10.0])
         assert rate_at(betas, torch.tensor([6.0, 2.0, 3.0, 1.0]), 1.0).item() == 2.0
         # overfitted: 6 at .01 costs more rate than the same distortion further right
-        found = beta_for_distortion(betas, torch.tensor([6.0, 4.0, 5.0, 7.0]), 6.0)
-        assert found.item() == pytest.approx(10**0.5, rel=1e-5)
+        found = beta_for_distortion(betas, torch.tensor([6.0, 4.0, 5.0, 7.0]), torch.tensor([6.0, 4.5]))
+        assert found.tolist() == pytest.approx([10**0.5, 10**-0.5], rel=1e-5)
+
+    def test_a_single_point(self):
+        assert rate_at(torch.tensor([1.0]), torch.tensor([2.0]), 1.0).item() == 2.0
+        assert beta_for_rate(torch.tensor([1.0]), torch.tensor([2.0]), 2.0).item() == 1.0
 
     def test_ends_survive_rounding(self):
         betas = torch.logspace(-2, 1, 20)
         rate = torch.linspace(9, 1, 20)
         assert rate_at(betas, rate, 0.01).item() == pytest.approx(9.0, abs=1e-4)
+        nearly = torch.tensor([0.01 * (1 + 1e-9), 1.0, 10 * (1 - 1e-9)], dtype=torch.float64)
+        assert rate_at(nearly, torch.tensor([9.0, 5.0, 1.0]).double(), torch.tensor([0.01, 10.0])).tolist() == [
+            9.0,
+            1.0,
+        ]
         assert rate_at(betas, rate, 10.0).item() == pytest.approx(1.0, abs=1e-4)
 
     @pytest.mark.parametrize(

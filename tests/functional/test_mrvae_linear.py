@@ -231,6 +231,12 @@ class TestOptimum:
         expected = torch.where(S1 > 1, 0.5 / S1, torch.full_like(S1, 0.5))
         torch.testing.assert_close(covariance.grad.diagonal(), expected)
 
+    def test_gradient_is_finite_at_the_collapse_itself(self):
+        covariance = torch.diag(torch.tensor([2.0, 1.0], dtype=torch.float64)).requires_grad_()
+        best = linear_vae_optimum(covariance, 2, 1.0)
+        (best.decoder.sum() + best.encoder.sum()).backward()
+        assert bool(covariance.grad.isfinite().all())
+
     @pytest.mark.parametrize("beta", [0.01, 0.5, 5.0])
     def test_best_response_is_stationary_for_a_random_decoder(self, beta):
         torch.manual_seed(1)
@@ -324,6 +330,14 @@ class TestGates:
         fixed = torch.zeros(5, 3, dtype=torch.float64)
         fixed[:, :2] = torch.randn(5, 2, dtype=torch.float64)
         encoder, variance, _ = assemble(theorem1_gates(random_covariance(5), 3, LOW, HIGH, fixed), 0.4)
+        torch.testing.assert_close((encoder, variance), best_response(fixed, 0.4), rtol=1e-12, atol=1e-13)
+
+    def test_theorem_gates_of_a_decoder_that_lost_rank_have_bounded_weights(self):
+        torch.manual_seed(0)
+        fixed = torch.randn(5, 2, dtype=torch.float64) @ torch.randn(2, 3, dtype=torch.float64)
+        gates = theorem1_gates(random_covariance(5), 3, LOW, HIGH, fixed)
+        assert gates.encoder[1].weight.abs().max() < 100
+        encoder, variance, _ = assemble(gates, 0.4)
         torch.testing.assert_close((encoder, variance), best_response(fixed, 0.4), rtol=1e-12, atol=1e-13)
 
     @pytest.mark.parametrize("covariance", [random_covariance(6, seed=4), random_covariance(6, rank=2), torch.diag(S1)])

@@ -32,7 +32,9 @@ def draw(n, seed=0):
     index = torch.randint(0, len(BETAS), (n,))
     rate = 20 - 5 * index + torch.rand(n)
     distortion = 10 + 10 * index + torch.rand(n)
-    return index, rate, distortion, 4 + torch.randn(n, 3) * torch.tensor([1.0, 0.3, 0.05])
+    mu = 4 + torch.randn(n, 3) * torch.tensor([1.0, 0.3, 0.05])
+    mu[:, 2] += seed  # inactive within a batch, active across batches
+    return index, rate, distortion, mu
 
 
 def by_hand(batches):
@@ -144,6 +146,18 @@ class TestValues:
         assert accumulator_dtype(torch.device("mps")) == torch.float32
         assert accumulator_dtype(torch.device("cuda")) == torch.float64
 
+    def test_moving_to_a_device_without_float64(self, monkeypatch):
+        def dtype(device):
+            return torch.float32 if device.type == "meta" else torch.float64
+
+        monkeypatch.setattr("lightning_ext.metrics._precise.accumulator_dtype", dtype)
+        metric = make().to("meta")
+        for _ in range(2):
+            assert metric.sum_rate.dtype == metric.moments.dtype == torch.float32
+            assert metric.count.dtype == torch.long
+            assert metric.sum_rate.device.type == "meta"
+            metric.reset()
+
     def test_results_and_states_carry_no_gradient(self):
         metric = make()
         index, *values = draw(40)
@@ -165,6 +179,8 @@ class TestStates:
         second.update(*draw(45, 2))
         for seed, n in ((1, 60), (2, 45)):
             whole.update(*draw(n, seed))
+        assert whole.compute()["active_units"].tolist() == [3.0] * 4
+        assert first.compute()["active_units"].tolist() == [2.0] * 4
         revived = pickle.loads(pickle.dumps(first))
         revived.merge_state(second)
         assert_same(revived.compute(), whole.compute())
@@ -173,6 +189,10 @@ class TestStates:
         second.reset()
         second.update(*draw(60, 1))
         assert_same(second.compute(), first.compute())
+
+    def test_only_curves_over_equal_betas_merge(self):
+        with pytest.raises(ValueError, match=r"equal betas merge, got \[1.0, 2.0\] into \[0.1, 2.0\]"):
+            RateDistortionCurve([0.1, 2.0]).merge_state(RateDistortionCurve([1.0, 2.0]))
 
     @pytest.mark.ddp
     @pytest.mark.parametrize("shares", [((0, 1), (2, 3, 4)), ((0, 1, 2, 3, 4), ())])
