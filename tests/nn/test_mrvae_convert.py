@@ -171,7 +171,7 @@ def gated(kind, **kwargs):
     if kind == "mlp":
         encoder, decoder, x = *mlp(), torch.randn(5, 5, dtype=F64)
     elif kind == "resnet":
-        encoder, decoder, x = ResNetEncoder(2, 4), ResNetDecoder(2, 4), torch.rand(5, 1, 28, 28, dtype=F64)
+        encoder, decoder, x = ResNetEncoder(2, 8), ResNetDecoder(2, 8), torch.rand(5, 1, 28, 28, dtype=F64)
     else:
         encoder, decoder, x = ConvEncoder(), conv_decoder(), torch.rand(5, 1, 8, 8, dtype=F64)
     encoder, decoder, context = encoder.double(), decoder.double(), new_context()
