@@ -60,7 +60,7 @@ def submodule(name: str) -> Any:
 if TYPE_CHECKING:
     import pytorch_lightning as pl
     from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
-    from pytorch_lightning.utilities.exceptions import MisconfigurationException
+    from lightning_fabric.utilities.exceptions import MisconfigurationException
 else:
     pl = importlib.import_module(BACKEND)
     Callback = pl.Callback
