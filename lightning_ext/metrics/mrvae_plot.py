@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+__all__: list[str] = []  # drawn through the metrics' own plot()
+
 _INK, _PALE = "#3a3f4a", "#c3c8d1"
 _MARKERS, _ACCENTS = "sD^v<>P", ("#c2410c", "#be185d", "#92400e", "#6b7280")
 
