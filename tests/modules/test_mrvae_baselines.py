@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from lightning_ext._lightning import Callback, Trainer
+from lightning_ext._lightning import Callback, LightningDataModule, Trainer
 from lightning_ext.functional.mrvae import gaussian_kl
 from lightning_ext.modules import GECOVAE, BetaVAE, FreeBitsVAE, SigmaVAE
 from lightning_ext.nn import MLPDecoder, MLPEncoder
@@ -159,6 +159,20 @@ def test_training_lowers_the_loss(kind):
     assert loss(model, x).item() < before - 0.05
 
 
+class Interleaved(LightningDataModule):
+    """Unshuffled: rank r of n takes rows r, r + n, ..., so the ranks' batches make up the batch of one process."""
+
+    def __init__(self, rows, batch_size):
+        super().__init__()
+        self.rows, self.batch_size = TensorDataset(rows), batch_size
+
+    def train_dataloader(self):
+        ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        rank = torch.distributed.get_rank() if ranks > 1 else 0
+        sampler = DistributedSampler(self.rows, ranks, rank, shuffle=False)
+        return DataLoader(self.rows, self.batch_size // ranks, sampler=sampler)
+
+
 @pytest.mark.ddp
 def test_two_ranks_move_one_multiplier_as_one_process_does():
     class Compare(Callback):
@@ -166,15 +180,17 @@ def test_two_ranks_move_one_multiplier_as_one_process_does():
             ours = torch.stack([pl_module.multiplier, pl_module.constraint])
             assert torch.equal(*trainer.strategy.all_gather(ours)), "the ranks' multipliers differ"
 
-    def trained(batch_size, **kwargs):
+    def trained(**kwargs):
         torch.manual_seed(0)
         model = build(GECOVAE, target_distortion=2.0, multiplier_lr=0.3, smoothing=0.8)
         model.noise = torch.zeros_like
-        trainer = Trainer(**{"max_epochs": 3, "enable_checkpointing": False, **kwargs})
-        trainer.fit(model, DataLoader(TensorDataset(pixels() * torch.linspace(0, 1, 8)[:, None]), batch_size))
+        trainer = Trainer(
+            **{"max_epochs": 3, "enable_checkpointing": False, "use_distributed_sampler": False, **kwargs}
+        )
+        trainer.fit(model, Interleaved(pixels() * torch.linspace(0, 1, 8)[:, None], batch_size=4))
         return model
 
-    both, alone = trained(2, callbacks=[Compare()], **ddp_trainer_kwargs()), trained(4, **QUIET)
+    both, alone = trained(callbacks=[Compare()], **ddp_trainer_kwargs()), trained(**QUIET)
     assert both.multiplier.item() == pytest.approx(alone.multiplier.item(), rel=1e-5)
     assert abs(alone.multiplier.item() - 1) > 0.05
 
