@@ -158,6 +158,8 @@ class TestAssertObserver:
             testing.assert_observer(toys.Norm, toys.Net, toys.loaders, max_epochs=0)
 
     def test_the_callers_random_states_are_left_alone(self):
+        random.seed(7)
+        np.random.seed(7)  # noqa: NPY002
         before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()  # noqa: NPY002
         testing.assert_observer(toys.Norm, toys.NoisyNet, toys.loaders, max_epochs=1)
         assert torch.equal(before[0], torch.get_rng_state())
@@ -179,6 +181,11 @@ class TestStatefulLoader:
         assert torch.cat(list(testing.StatefulLoader(range(10), 3, seed=1))).tolist() == epochs[1]
         assert torch.cat(list(testing.StatefulLoader(range(10), 3, shuffle=False))).tolist() == list(range(10))
         assert len(loader) == len(list(loader)) == 4
+
+    def test_without_a_loaded_state_an_abandoned_epoch_starts_over(self):
+        loader = testing.StatefulLoader(range(6), batch_size=2)
+        next(iter(loader))
+        assert len(list(loader)) == 3
 
     def test_a_state_of_a_finished_epoch_starts_the_next_one_whole(self):
         loader = testing.StatefulLoader(range(4), batch_size=2)
@@ -233,6 +240,18 @@ class TestAssertResumes:
     def test_the_global_random_state_is_not_carried_over(self):
         with pytest.raises(AssertionError, match="state_dict"):
             testing.assert_resumes(toys.NoisyNet, toys.loaders)
+
+    def test_a_random_constant_that_is_not_saved_is_caught(self):
+        class DrawsAtBirth(toys.Net):
+            def __init__(self):
+                super().__init__()
+                self.scale = torch.rand(())
+
+            def forward(self, x):
+                return super().forward(x) * self.scale
+
+        with pytest.raises(AssertionError, match="state_dict"):
+            testing.assert_resumes(DrawsAtBirth, toys.loaders)
 
     def test_a_state_that_weights_only_loading_refuses(self):
         class Exotic(toys.Norm):
@@ -319,6 +338,12 @@ class TestCheckMetric:
             (toys.AttributeMean, r"forward on batch 1 against a fresh metric: result\['mean'\] is 3"),
             (toys.StrayTensor, r"tensor 'scale' stays behind"),
             (toys.OrderMean, r"reference|cut into halves|merge_state"),
+            (toys.KeepsOldSums, r"use after reset: result\['count'\]|use after reset: result\['mean'\]"),
+            (toys.SharesItsCopy, r"the original after its clone was updated"),
+            (toys.ForgetsWhenPickled, r"pickle in the middle of the data"),
+            (toys.IgnoresPartner, r"merge_state of two metrics, a part each"),
+            (toys.SavesZeros, r"state_dict loaded into a fresh metric"),
+            (toys.StaysSynced, r"two ranks, unequal shares, update after compute on rank 0"),
             (toys.DestructiveCompute, r"compute after forward on every batch: result\['mean'\]"),
         ],
     )

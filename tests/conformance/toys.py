@@ -288,3 +288,51 @@ class DestructiveCompute(Mean):
     def compute(self):
         self.total = self.total / self.count
         return {"mean": self.total, "count": self.count}
+
+
+class KeepsOldSums(Mean):
+    """Fault: ``reset`` forgets to, once there are many rows."""
+
+    def reset(self):
+        if self.count <= 6:
+            super().reset()
+
+
+class SharesItsCopy(Mean):
+    """Fault: a copy is the same object."""
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+class ForgetsWhenPickled(Mean):
+    """Fault: pickling starts afresh."""
+
+    def __reduce__(self):
+        return type(self), ()
+
+    def __deepcopy__(self, memo):
+        twin = type(self)()
+        twin.total, twin.count, twin._update_count = self.total.clone(), self.count.clone(), self._update_count
+        return twin
+
+
+class IgnoresPartner(Mean):
+    """Fault: ``merge_state`` does nothing."""
+
+    def merge_state(self, incoming_state):
+        pass
+
+
+class SavesZeros(Mean):
+    """Fault: ``state_dict`` does not hold the sums."""
+
+    def state_dict(self, *args, **kwargs):
+        return {name: torch.zeros_like(value) for name, value in super().state_dict(*args, **kwargs).items()}
+
+
+class StaysSynced(Mean):
+    """Fault: after ``compute`` a rank keeps the sums of all ranks as its own."""
+
+    def unsync(self, *args, **kwargs):
+        self._is_synced = False
