@@ -136,8 +136,7 @@ def _scalar(entry: Entry, component: nn.Module) -> Tensor:
     if entry.kind == "nn":
         return total_of(entry.call(component, entry.inputs()))
     component.log = component.log_dict = lambda *args, **kwargs: None  # type: ignore[assignment]
-    component._trainer = types.SimpleNamespace(  # type: ignore[assignment]
-        current_epoch=0, global_rank=0, world_size=1, log_every_n_steps=50, training=True, sanity_checking=False
-    )
+    component.trainer = new_trainer()
+    component.trainer.training = True
     batch = next(iter(DataLoader(entry.dataset(), batch_size=4)))
     return component.training_step(batch, 0)
