@@ -413,8 +413,9 @@ def test_a_network_that_draws_noise_does_not_move_the_random_state():
         def forward(self, x):
             return super().forward(x + torch.randn_like(x))
 
+    encoder, decoder = Noisy([5], [6], 2), mlp()[1]
     random_state = torch.get_rng_state()
-    convert_to_multirate(Noisy([5], [6], 2), mlp()[1], new_context(), torch.zeros(2, 5))
+    convert_to_multirate(encoder, decoder, new_context(), torch.zeros(2, 5))
     assert torch.equal(torch.get_rng_state(), random_state)
 
 
