@@ -59,8 +59,8 @@ def submodule(name: str) -> Any:
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
-    from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
     from lightning_fabric.utilities.exceptions import MisconfigurationException
+    from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
 else:
     pl = importlib.import_module(BACKEND)
     Callback = pl.Callback

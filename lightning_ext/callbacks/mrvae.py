@@ -99,9 +99,10 @@ class RateDistortionCallback(Callback):
                 f"RateDistortionCallback needs a MultiRateVAE or a module with MultiRateMixin; got "
                 f"{type(pl_module).__name__}. A single-rate VAE has no curve: it logs val/rate and val/distortion."
             )
-        for beta in self.betas or []:
-            with pl_module.at(beta):
-                pass  # raises for a beta outside the range, before the training starts
+        metric = self._new_metric(pl_module)  # checks betas and intervals before the training starts
+        for beta in metric.betas:
+            with pl_module.at(float(beta)):
+                pass  # raises for a beta outside the range
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin a new curve."""
@@ -147,10 +148,12 @@ class RateDistortionCallback(Callback):
         if trainer.sanity_checking or (during_fit and (trainer.current_epoch + 1) % self.every_n_epochs):
             return
         assert isinstance(pl_module, MultiRateMixin)
+        self._metric = self._new_metric(pl_module).to(pl_module.device)
+
+    def _new_metric(self, pl_module: MultiRateMixin) -> RateDistortionCurve:
         betas = pl_module.beta_prior.grid(self.num_betas) if self.betas is None else self.betas
         latent_dim = getattr(pl_module, "latent_dim", None)
-        metric = RateDistortionCurve(betas, latent_dim, self.reference_point, self.rate_interval)
-        self._metric = metric.to(pl_module.device)
+        return RateDistortionCurve(betas, latent_dim, self.reference_point, self.rate_interval)
 
     def _sweep(self, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._metric is None:

@@ -1,5 +1,7 @@
 """Datasets and LightningDataModules."""
 
 from lightning_ext.data.digits import DigitsDataModule
+from lightning_ext.data.dsprites import DSpritesDataModule
+from lightning_ext.data.mnist import MNISTDataModule
 
-__all__ = ["DigitsDataModule"]
+__all__ = ["DSpritesDataModule", "DigitsDataModule", "MNISTDataModule"]

@@ -16,6 +16,17 @@ _NUM_TRAIN = 1400
 _SPLIT_SEED = 0
 
 
+class _BatchedTensors(TensorDataset):
+    """Indexed once per batch instead of once per sample."""
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, ...]:
+        return tuple(tensor[indices] for tensor in self.tensors)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
 class DigitsDataModule(LightningDataModule):
     """1,400 training and 397 held-out images of handwritten digits, 8 x 8 pixels, with labels.
 
@@ -65,8 +76,8 @@ class DigitsDataModule(LightningDataModule):
         images = images.reshape(-1, *self.input_shape)
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(_SPLIT_SEED))
         train, held_out = order[:_NUM_TRAIN], order[_NUM_TRAIN:]
-        self.train_set = TensorDataset(images[train], labels[train])
-        self.held_out_set = TensorDataset(images[held_out], labels[held_out])
+        self.train_set = _BatchedTensors(images[train], labels[train])
+        self.held_out_set = _BatchedTensors(images[held_out], labels[held_out])
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled training images with labels."""
@@ -91,6 +102,7 @@ class DigitsDataModule(LightningDataModule):
             dataset,
             batch_size=self.batch_size,
             shuffle=shuffle,
+            collate_fn=_as_it_is,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
         )

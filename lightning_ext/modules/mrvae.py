@@ -176,16 +176,16 @@ class MultiRateMixin(AddressedNoise):
             terms = self.rate_distortion(batch)
         losses = terms.loss(betas)
         loss = losses.mean()
-        values = {"loss": loss, "rate": terms.rate.mean(), "distortion": terms.distortion.mean()}
-        self.log_dict(
-            {f"{stage}/{name}": value.detach() for name, value in values.items()},
-            batch_size=len(betas),
-            sync_dist=stage != "train",
-        )
-        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if stage == "train" and every and (batch_idx + 1) % every == 0:
-            self._log_by_beta(losses.detach(), betas)
+        if stage != "train" or self._logs_now:
+            self._log_multirate(stage, terms, losses.detach(), betas)
         return loss
+
+    def _log_multirate(self, stage: str, terms: RateDistortion, losses: Tensor, betas: Tensor) -> None:
+        values = {"loss": losses, "rate": terms.rate.detach(), "distortion": terms.distortion.detach()}
+        averages = {f"{stage}/{name}": value.mean() for name, value in values.items()}
+        self.log_dict(averages, batch_size=len(betas), sync_dist=stage != "train")
+        if stage == "train":
+            self._log_by_beta(losses, betas)
 
     def _log_by_beta(self, losses: Tensor, betas: Tensor) -> None:
         third = torch.bucketize(self.beta_prior.standardize(betas), betas.new_tensor([-0.57735, 0.57735]))
@@ -288,9 +288,8 @@ class MultiRateVAE(MultiRateMixin, BaseVAE):
         self.conditioning: Conditioning = conditioning
         self._set_prior(beta_range, beta_sampling)
         if conditioning in ("gate", "film"):
-            self.make_multirate(
-                encoder, decoder, input_shape, beta_range, beta_sampling, conditioning=conditioning, **(convert or {})
-            )
+            options = {"conditioning": conditioning, "hierarchical": objective == "hierarchical", **(convert or {})}
+            self.make_multirate(encoder, decoder, input_shape, beta_range, beta_sampling, **options)
         with self.at(self.beta_prior.high):
             self.check_networks()
         if objective == "tcvae" and beta_sampling != "batch":

@@ -80,7 +80,8 @@ class BaseVAE(AddressedNoise):
     Raises:
         ValueError: an argument is out of range, the encoder's output does not split, or shapes do not fit.
 
-    Logged: ``{stage}/loss``, ``{stage}/rate``, ``{stage}/distortion`` for train, val and test, in nats.
+    Logged: ``{stage}/loss``, ``{stage}/rate``, ``{stage}/distortion`` for train, val and test, in nats. Training values
+    are those of single batches, at every ``log_every_n_steps``-th step and at the end of an epoch.
     """
 
     def __init__(
@@ -130,10 +131,24 @@ class BaseVAE(AddressedNoise):
 
     def configure_optimizers(self) -> Any:
         """Adam with a linear warm-up and a cosine decay per step; override for anything else."""
-        optimizer = torch.optim.Adam(self.parameters(), lr=self.lr)
-        total = self.trainer.estimated_stepping_batches
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, _WarmupCosine(float(total), self.warmup_fraction))
+        # The fused kernel unscales gradients by itself, which Lightning refuses to combine with clipping in fp16.
+        fused = self.trainer.precision != "16-mixed" and self.device.type in ("cpu", "cuda")
+        optimizer = torch.optim.Adam(self.parameters(), lr=self.lr, fused=fused)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, WarmupCosine(self.warmup_fraction))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        """Tell the schedule how long the training is.
+
+        Not in ``configure_optimizers``: asking for the number of steps there sets the loaders up before a checkpoint is
+        restored, and a loader with a state would then begin its epoch anew.
+        """
+        for config in self.trainer.lr_scheduler_configs:
+            scheduler = config.scheduler
+            if isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+                for schedule in scheduler.lr_lambdas:
+                    if isinstance(schedule, WarmupCosine):
+                        schedule.begin(scheduler, float(self.trainer.estimated_stepping_batches))
 
     # -- the model --------------------------------------------------------------------------------------------------
 
@@ -214,6 +229,8 @@ class BaseVAE(AddressedNoise):
         return loss
 
     def _log_terms(self, stage: str, terms: RateDistortion, loss: Tensor) -> None:
+        if stage == "train" and not self._logs_now:
+            return
         values = {"loss": loss, "rate": terms.rate.mean(), "distortion": terms.distortion.mean()}
         self.log_dict(
             {f"{stage}/{name}": value.detach() for name, value in values.items()},
@@ -269,12 +286,14 @@ class BaseVAE(AddressedNoise):
         x = like.new_zeros(2, *self.input_shape)
         modes = {module: module.training for module in self.modules()}
         self.eval()
+        devices = [x.device] if x.is_cuda else []
         try:
-            if self.objective == "hierarchical":
-                reconstruction = self._hierarchical(x)[0]
-            else:
-                mu, _ = self.encode(x)
-                reconstruction, self.latent_dim = self.decode(mu), mu.shape[1]
+            with torch.random.fork_rng(devices=devices):
+                if self.objective == "hierarchical":
+                    reconstruction = self._hierarchical(x)[0]
+                else:
+                    mu, _ = self.encode(x)
+                    reconstruction, self.latent_dim = self.decode(mu), mu.shape[1]
         finally:
             for module, mode in modes.items():
                 module.training = mode
@@ -296,20 +315,30 @@ class BaseVAE(AddressedNoise):
             )
 
 
-class _WarmupCosine:
-    """Linear warm-up, then a cosine to zero; without a known end, a constant. A class, so that it pickles."""
+class WarmupCosine:
+    """Factor on the learning rate: a line up, then a cosine to zero; without a known end, a constant."""
 
-    def __init__(self, total: float, warmup_fraction: float) -> None:
+    def __init__(self, warmup_fraction: float) -> None:
+        self.warmup_fraction = warmup_fraction
+        self.total: float | None = None
+
+    def begin(self, scheduler: torch.optim.lr_scheduler.LambdaLR, total: float) -> None:
+        """Learn the number of steps, unless a checkpoint has told it, and set the rate of the first step."""
+        if self.total is not None:
+            return
         self.total = total
-        self.warmup = warmup_fraction * total if math.isfinite(total) else 0.0
+        rates = [base * self(scheduler.last_epoch) for base in scheduler.base_lrs]
+        for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        scheduler._last_lr = rates
 
     def __call__(self, step: int) -> float:
-        if step < self.warmup:
-            return (step + 1) / (self.warmup + 1)
-        if not math.isfinite(self.total):
+        if self.total is None or not math.isfinite(self.total):
             return 1.0
-        progress = (step - self.warmup) / max(1.0, self.total - self.warmup)
-        return 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+        warmup = self.warmup_fraction * self.total
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        return 0.5 * (1.0 + math.cos(math.pi * min(1.0, (step - warmup) / max(1.0, self.total - warmup))))
 
 
 def _check_arguments(

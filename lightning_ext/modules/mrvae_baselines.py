@@ -216,7 +216,8 @@ class GECOVAE(BaseVAE):
         loss = self.loss(terms)
         self._log_terms("train", terms, loss)
         self._move_multiplier(terms.distortion.detach().mean())
-        self.log("train/multiplier", self.multiplier)
+        if self._logs_now:
+            self.log("train/multiplier", self.multiplier)
         return loss
 
     def loss(self, terms: RateDistortion) -> Tensor:

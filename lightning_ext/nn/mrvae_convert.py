@@ -127,7 +127,9 @@ def _traced(network: nn.Module, example: Any) -> tuple[list[_Call], Any]:
             handles.append(module.register_forward_hook(record(name)))
     network.eval()
     try:
-        with torch.no_grad():
+        device = _place(network)[0]
+        devices = [device] if device.type == "cuda" else []
+        with torch.no_grad(), torch.random.fork_rng(devices=devices):
             output = network(example)
     finally:
         for handle in handles:
@@ -180,6 +182,11 @@ def _heads(calls: list[_Call], output: Any, needed: bool) -> list[_Call]:
             "encoder that returns the outputs of its last layers as they are."
         )
     return found
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}.")
 
 
 def _check_unconverted(*networks: nn.Module) -> None:
@@ -251,6 +258,7 @@ def convert_to_multirate(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     one_beta_per_batch: bool = False,
+    hierarchical: bool = False,
 ) -> list[str]:
     r"""Make both networks depend on :math:`\beta`, **in place**, by gating the layers that a forward pass runs through.
 
@@ -279,18 +287,26 @@ def convert_to_multirate(
         exclude: shell patterns of layer names to leave alone.
         one_beta_per_batch: training will use one beta for a whole batch; then a BatchNorm right after a gate cancels it
             and a warning says so.
+        hierarchical: the decoder takes whatever the encoder returns, and heads are inside the decoder: they are gated
+            like its other layers.
 
     Returns:
         Names of the conditioned layers, ``"encoder.<name>"`` and ``"decoder.<name>"``.
 
     Raises:
-        ValueError: no layer matched, the encoder's output does not split into mu and logvar, a layer is lazy, the
-            networks are multi-rate already, or the heads cannot be found where ``gate_heads=False`` or
+        ValueError: an unknown choice, no layer matched, the encoder's output does not split into mu and logvar, a layer
+            is lazy, the networks are multi-rate already, or the heads cannot be found where ``gate_heads=False`` or
             ``log_variance="add"`` needs them. The networks are unchanged then.
     """
+    _check_choice("conditioning", conditioning, ("gate", "film"))
+    _check_choice("layout", layout, ("paper", "public", "table1"))
+    _check_choice("log_variance", log_variance, ("multiply", "add"))
+    if hierarchical and (log_variance == "add" or not gate_heads):
+        raise ValueError("a hierarchical decoder holds the heads: gate_heads and log_variance do not apply to it.")
     _check_unconverted(encoder, decoder)
     encoder_calls, posterior = _traced(encoder, example_input.to(*_place(encoder)))
-    decoder_calls, _ = _traced(decoder, posterior_parameters(posterior)[0].to(*_place(decoder)))
+    latent = posterior if hierarchical else posterior_parameters(posterior)[0].to(*_place(decoder))
+    decoder_calls, _ = _traced(decoder, latent)
 
     def make(module: nn.Module, is_encoder: bool, features: int | None = None) -> RateConditioner:
         features = _num_features(module) if features is None else features
@@ -300,7 +316,8 @@ def convert_to_multirate(
         return RateGate(features, context, _channel_dim(module), activation, init)
 
     planner = _Planner(make, layout, lambda name: _selected(name, include, exclude))
-    heads = _heads(encoder_calls, posterior, needed=log_variance == "add" or not gate_heads)
+    needs_heads = log_variance == "add" or not gate_heads
+    heads = [] if hierarchical else _heads(encoder_calls, posterior, needs_heads)
     planner.gate(encoder_calls, [] if gate_heads and layout == "paper" else heads, is_encoder=True)
     planner.gate(decoder_calls, _untouched_decoder_layers(decoder_calls, layout, gate_output), is_encoder=False)
     if log_variance == "add":

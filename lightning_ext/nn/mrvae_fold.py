@@ -35,6 +35,8 @@ def fold(network: nn.Module, beta: float, extrapolate: bool = False) -> nn.Modul
         ValueError: beta is outside the range, the network has no gates, or a gate follows a norm without affine
             parameters or a parametrised weight, which cannot absorb it.
     """
+    if torch.as_tensor(beta).numel() != 1:
+        raise ValueError(f"beta must be one number to fold; got shape {tuple(torch.as_tensor(beta).shape)}.")
     network = copy.deepcopy(network)
     conditioned = [m for m in network.modules() if isinstance(getattr(m, "rate_gate", None), RateConditioner)]
     if not conditioned:

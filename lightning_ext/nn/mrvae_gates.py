@@ -18,7 +18,30 @@ __all__ = ["GateInit", "GatedFiLM", "LogVarianceGate", "PosteriorGate", "RateCon
 GateInit = Literal["identity", "paper"]
 
 # Where an identity gate starts: well inside the open region, so that it can move both ways.
-_IDENTITY_START: dict[str, float] = {"sigmoid": 2.0, "sqrt": -2.0, "two_sigmoid": 0.0}
+_IDENTITY_START: dict[GateActivation, float] = {"sigmoid": 2.0, "sqrt": -2.0, "two_sigmoid": 0.0}
+
+
+def _check_init(init: str) -> None:
+    if init not in ("identity", "paper"):
+        raise ValueError(f"init must be 'identity' or 'paper'; got {init!r}.")
+
+
+def _identity_gain(activation: GateActivation, dtype: torch.dtype) -> float:
+    """The factor near ``1 / gate`` for which an identity gate starts as exactly 1, rounding included."""
+    start = torch.tensor([_IDENTITY_START[activation]], dtype=dtype)
+    gain = torch.tensor(1.0 / float(gate_activation(start, activation)), dtype=torch.float64)
+    step = torch.finfo(dtype).eps / 16
+    for k in sorted(range(-200, 201), key=abs):
+        candidate = float(gain * (1.0 + k * step))
+        if float(gate_activation(start, activation, candidate)) == 1.0:
+            return candidate
+    raise AssertionError(f"no gain makes an identity {activation} gate exact in {dtype}")
+
+
+_IDENTITY_GAIN = {
+    dtype: {activation: _identity_gain(activation, dtype) for activation in _IDENTITY_START}
+    for dtype in (torch.float32, torch.float64)
+}
 
 
 class RateConditioner(nn.Module):
@@ -119,6 +142,7 @@ class RateGate(RateConditioner):
         super().__init__(num_features, context, channel_dim)
         if activation not in _IDENTITY_START:
             raise ValueError(f"activation must be one of {', '.join(_IDENTITY_START)}; got {activation!r}.")
+        _check_init(init)
         self.activation: GateActivation = activation
         self.init = init
         self.weight = nn.Parameter(torch.empty(num_features))
@@ -130,20 +154,15 @@ class RateGate(RateConditioner):
         if self.init == "identity":
             nn.init.zeros_(self.weight)
             nn.init.constant_(self.bias, _IDENTITY_START[self.activation])
-        elif self.init == "paper":
+        else:
             nn.init.uniform_(self.weight, -1.0, 1.0)
             nn.init.uniform_(self.bias, -1.0, 1.0)
-        else:
-            raise ValueError(f"init must be 'identity' or 'paper'; got {self.init!r}.")
 
     def coefficients(self, t: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """The gate ``(B, C)`` and no shift."""
-        gate = gate_activation(_affine(t, self.weight, self.bias), self.activation)
-        if self.init == "identity" and self.activation != "two_sigmoid":
-            # The same kernel on the same number: the quotient starts as exactly 1 on every device.
-            start = torch.full((1,), _IDENTITY_START[self.activation], dtype=gate.dtype, device=gate.device)
-            gate = gate / gate_activation(start, self.activation)
-        return gate, None
+        x = _affine(t, self.weight, self.bias)
+        gain = _IDENTITY_GAIN[x.dtype][self.activation] if self.init == "identity" else 1.0
+        return gate_activation(x, self.activation, gain), None
 
     def extra_repr(self) -> str:
         """What ``repr`` shows."""
@@ -173,6 +192,7 @@ class RateFiLM(RateConditioner):
         init: GateInit = "identity",
     ) -> None:
         super().__init__(num_features, context, channel_dim)
+        _check_init(init)
         self.scale = self._network(hidden, num_features, init)
         self.shift = self._network(hidden, num_features, init)
 
@@ -210,6 +230,7 @@ class LogVarianceGate(RateConditioner):
         self, num_features: int, context: RateContext, channel_dim: int = -1, init: GateInit = "identity"
     ) -> None:
         super().__init__(num_features, context, channel_dim)
+        _check_init(init)
         self.init = init
         paper = init == "paper"
         self.weight = nn.Parameter(torch.empty(num_features).uniform_(-1, 1) if paper else torch.zeros(num_features))
