@@ -3,5 +3,6 @@
 from lightning_ext.data.digits import DigitsDataModule
 from lightning_ext.data.dsprites import DSpritesDataModule
 from lightning_ext.data.mnist import MNISTDataModule
+from lightning_ext.data.resumable import EpochSampler, ResumableLoader
 
-__all__ = ["DSpritesDataModule", "DigitsDataModule", "MNISTDataModule"]
+__all__ = ["DSpritesDataModule", "DigitsDataModule", "EpochSampler", "MNISTDataModule", "ResumableLoader"]

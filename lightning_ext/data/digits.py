@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_ext._lightning import LightningDataModule
+from lightning_ext.data.resumable import EpochSampler, ResumableLoader
 
 __all__ = ["DigitsDataModule"]
 
@@ -34,11 +35,14 @@ class DigitsDataModule(LightningDataModule):
     bundled with scikit-learn). The split is a fixed random permutation. Validation, test and predict loaders all give
     the held-out images: choose nothing on validation that you then report on test.
 
+    The order of the training images depends on (seed, epoch) alone, and the loader resumes in the middle of an epoch.
+
     Args:
         batch_size: samples per batch and rank.
         binarize: threshold pixels at half of their range, to 0 or 1; otherwise they are grey values in [0, 1].
         shape: ``"flat"`` (64,) or ``"image"`` (1, 8, 8).
         num_workers: workers of the loaders.
+        seed: seed of the order; ``None`` takes the seed of the program (``seed_everything``). Checkpoints keep it.
 
     Raises:
         ModuleNotFoundError: scikit-learn is not installed.
@@ -51,6 +55,7 @@ class DigitsDataModule(LightningDataModule):
         binarize: bool = True,
         shape: Literal["flat", "image"] = "flat",
         num_workers: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__()
         if batch_size < 1:
@@ -59,6 +64,7 @@ class DigitsDataModule(LightningDataModule):
             raise ValueError(f"shape must be 'flat' or 'image'; got {shape!r}.")
         self.save_hyperparameters()
         self.batch_size, self.binarize, self.shape, self.num_workers = batch_size, binarize, shape, num_workers
+        self.seed = torch.initial_seed() if seed is None else seed
         self.train_set: TensorDataset | None = None
         self.held_out_set: TensorDataset | None = None
 
@@ -95,13 +101,21 @@ class DigitsDataModule(LightningDataModule):
         """The same held-out images."""
         return self._loader(self.held_out_set)
 
+    def state_dict(self) -> dict[str, Any]:
+        """The seed of the order."""
+        return {"seed": self.seed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the order of the interrupted run."""
+        self.seed = state_dict["seed"]
+
     def _loader(self, dataset: TensorDataset | None, shuffle: bool = False) -> DataLoader[Any]:
         if dataset is None:
             raise RuntimeError("call setup() before asking for a loader; a Trainer does it by itself.")
-        return DataLoader(
+        return ResumableLoader(
             dataset,
             batch_size=self.batch_size,
-            shuffle=shuffle,
+            sampler=EpochSampler(dataset, self.seed) if shuffle else None,
             collate_fn=_as_it_is,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,

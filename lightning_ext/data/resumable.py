@@ -1,0 +1,76 @@
+"""A loader that goes on where an interrupted run stopped, also in the middle of an epoch."""
+
+from collections.abc import Iterator, Mapping, Sized
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, RandomSampler
+
+from lightning_ext.functional.counter_rng import seeded_generator
+
+__all__ = ["EpochSampler", "ResumableLoader"]
+
+
+class EpochSampler(RandomSampler):
+    """Random order that depends on (seed, epoch) alone, not on what was drawn before.
+
+    Lightning tells every sampler with ``set_epoch`` the epoch; under DDP it puts a ``DistributedSampler`` in its place.
+
+    Args:
+        data_source: the dataset.
+        seed: any integer.
+
+    >>> sampler = EpochSampler(range(5), seed=0)
+    >>> first = list(sampler)
+    >>> list(sampler) == first, sorted(first)
+    (True, [0, 1, 2, 3, 4])
+    """
+
+    def __init__(self, data_source: Sized, seed: int = 0) -> None:
+        super().__init__(data_source)
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        order = torch.randperm(len(self), generator=seeded_generator(self.seed, self.epoch))
+        yield from order.tolist()
+
+
+class ResumableLoader(DataLoader[Any]):
+    """``DataLoader`` with ``state_dict`` and ``load_state_dict``, which Lightning saves in its checkpoints.
+
+    Resumed in the middle of an epoch it skips the batches that the interrupted run has used; a plain ``DataLoader``
+    begins its epoch anew. The order must not depend on the global generator: use :class:`EpochSampler`. Cost: the
+    skipped batches are loaded once more.
+
+    Args: those of ``torch.utils.data.DataLoader``.
+
+    >>> loader = ResumableLoader(range(6), batch_size=2)
+    >>> first = next(iter(loader))
+    >>> resumed = ResumableLoader(range(6), batch_size=2)
+    >>> resumed.load_state_dict(loader.state_dict())
+    >>> [batch.tolist() for batch in resumed]
+    [[2, 3], [4, 5]]
+    """
+
+    _position = 0
+    _skip = 0
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        # A generator: nothing is drawn before the first batch, and Lightning sets the epoch after it made the iterator.
+        skip, self._skip, self._position = self._skip, 0, 0
+        for batch in super().__iter__():
+            self._position += 1
+            if self._position > skip:
+                yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """How many batches of the epoch were handed out."""
+        return {"position": self._position}
+
+    def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
+        """Skip as many batches in the next epoch."""
+        self._skip = state_dict["position"] % max(1, len(self))
