@@ -156,25 +156,27 @@ def test_a_linear_model_never_beats_the_closed_form():
     x = torch.randn(16_000, 8, generator=generator) * spectrum.sqrt() @ rotation
     convert = {"encoder_activation": "sqrt", "log_variance": "add", "gate_output": True}
     model = MultiRateVAE(
-        MLPEncoder([8], [], 5), MLPDecoder(5, [], [8]), [8], distortion="gaussian", lr=0.02, seed=0, convert=convert
+        MLPEncoder([8], [], 5), MLPDecoder(5, [], [8]), [8], distortion="gaussian", lr=0.05, seed=0, convert=convert
     )
     fit(model, DataLoader(TensorDataset(x), 64), max_epochs=1, max_steps=250)
     held_out = x[8000:]
     centred = (held_out - held_out.mean(0)).double()
     covariance = centred.T @ centred / len(centred)
-    excess, losses = [], []
+    excess = []
     for beta in LogUniformBeta().grid(9):
-        with model.at(beta), torch.no_grad():
-            loss = model.rate_distortion(held_out).loss(beta).double()
+        losses = []
+        for draw in range(8):
+            model.set_address("val", draw)
+            with model.at(beta), torch.no_grad():
+                losses.append(model.rate_distortion(held_out).loss(beta).double().mean())
+        losses = torch.stack(losses)
         best = linear_vae_optimum(covariance, 5, beta)
-        # The data's own covariance makes the bound exact; what is left is the noise of z.
-        error = 4 * loss.std().item() / len(loss) ** 0.5
-        excess.append(loss.mean().item() - float(best.distortion + beta * best.rate))
-        losses.append(loss.mean().item())
+        # The covariance of these very samples makes the bound exact; what is left is the noise of z.
+        error = 4 * losses.std().item() / 8**0.5
+        excess.append(losses.mean().item() - float(best.distortion + beta * best.rate))
         assert excess[-1] > -error
-    assert sum(excess) / len(excess) < 0.6, excess
-    steps = torch.tensor(losses).diff()
-    assert (steps > 0).all(), "the loss rises with beta"
+        assert error < 0.1
+    assert sum(excess) / len(excess) < 0.35, excess
 
 
 # -- betas ------------------------------------------------------------------------------------------------------------
@@ -349,7 +351,7 @@ def test_copies_read_their_own_beta():
 def test_each_objective_trains_and_evaluates(objective):
     kwargs = {"tcvae": {"dataset_size": 32, "beta_sampling": "batch"}}.get(objective, {})
     pair = ladder() if objective == "hierarchical" else networks()
-    model = multi_rate(pair, objective=objective, **kwargs)
+    model = multi_rate(pair, objective=objective, lr=0.03, **kwargs)
 
     def evaluated():
         return Trainer(**QUIET).validate(model, loader(32, 32), verbose=False)[0]["val/loss"]
