@@ -32,7 +32,7 @@ class DSpritesDataModule(LightningDataModule):
     test and predict loaders give ``num_eval`` of them, a fixed random choice: dSprites measures what the latents mean,
     not generalisation.
 
-    Source of the data: Matthey, Higgins, Hassabis, Lerchner, *dSprites*, 2017, github.com/google-deepmind/dsprites-dataset.
+    Source of the data: Matthey, Higgins, Hassabis, Lerchner, *dSprites: Disentanglement testing Sprites dataset*, 2017.
 
     Args:
         root: folder with ``dsprites_ndarray_co1sh3sc6or40x32y32_64x64.npz``.
