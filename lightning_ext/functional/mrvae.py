@@ -19,8 +19,6 @@ from torch.nn import functional as F
 from lightning_ext.functional.counter_rng import seeded_generator
 
 __all__ = [
-    "GateActivation",
-    "TCEstimator",
     "bernoulli_distortion",
     "beta_grid",
     "free_bits_rate",

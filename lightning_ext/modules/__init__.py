@@ -1,11 +1,14 @@
 """LightningModules to subclass or to run."""
 
-from lightning_ext.modules.mrvae import MultiRateMixin, MultiRateVAE
+from lightning_ext.modules.mrvae import AtBeta, MultiRateMixin, MultiRateVAE
 from lightning_ext.modules.mrvae_base import BaseVAE, RateDistortion
 from lightning_ext.modules.mrvae_baselines import GECOVAE, BetaVAE, FreeBitsVAE, SigmaVAE
+from lightning_ext.modules.mrvae_noise import AddressedNoise
 
 __all__ = [
     "GECOVAE",
+    "AddressedNoise",
+    "AtBeta",
     "BaseVAE",
     "BetaVAE",
     "FreeBitsVAE",

@@ -18,7 +18,7 @@ from lightning_ext.modules.mrvae_base import BaseVAE, Distortion, Objective, Rat
 from lightning_ext.modules.mrvae_noise import AddressedNoise
 from lightning_ext.nn import LogUniformBeta, RateContext, convert_to_multirate, fold
 
-__all__ = ["AtBeta", "BetaSampling", "Conditioning", "MultiRateMixin", "MultiRateVAE"]
+__all__ = ["AtBeta", "MultiRateMixin", "MultiRateVAE"]
 
 BetaSampling = Literal["stratified", "sample", "batch"]
 Conditioning = Literal["gate", "film", "concat", "none"]

@@ -19,7 +19,7 @@ from lightning_ext.functional.mrvae import (
 from lightning_ext.modules.mrvae_noise import AddressedNoise
 from lightning_ext.nn import posterior_parameters, reconstruction_parameters
 
-__all__ = ["BaseVAE", "Distortion", "Objective", "RateDistortion"]
+__all__ = ["BaseVAE", "RateDistortion"]
 
 Distortion = Literal["bernoulli_logits", "bernoulli", "gaussian", "sse"]
 Objective = Literal["vae", "tcvae", "hierarchical"]

@@ -25,7 +25,7 @@ from lightning_ext.nn.mrvae_gates import (
     apply_conditioner,
 )
 
-__all__ = ["Layout", "convert_to_multirate", "posterior_parameters", "reconstruction_parameters"]
+__all__ = ["convert_to_multirate", "posterior_parameters", "reconstruction_parameters"]
 
 Layout = Literal["paper", "public", "table1"]
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from lightning_ext.functional.mrvae import GateActivation, gate_activation
 from lightning_ext.nn.mrvae import RateContext
 
-__all__ = ["GateInit", "GatedFiLM", "LogVarianceGate", "PosteriorGate", "RateConditioner", "RateFiLM", "RateGate"]
+__all__ = ["GatedFiLM", "LogVarianceGate", "PosteriorGate", "RateConditioner", "RateFiLM", "RateGate"]
 
 GateInit = Literal["identity", "paper"]
 
