@@ -5,6 +5,9 @@ import torch
 
 from lightning_ext._lightning import LightningModule, Trainer
 from lightning_ext.data import DigitsDataModule, digits
+from lightning_ext.modules import BetaVAE
+from lightning_ext.nn import MLPDecoder, MLPEncoder
+from lightning_ext.testing import assert_resumes
 
 sklearn_datasets = pytest.importorskip("sklearn.datasets")
 
@@ -65,13 +68,40 @@ def test_shapes(shape, size):
     assert torch.equal(data.train_set.tensors[0].flatten(1), flat)
 
 
-def test_training_is_shuffled_and_evaluation_is_not():
-    data = ready(batch_size=1400)
-    (images, labels), (again, _) = next(iter(data.train_dataloader())), next(iter(data.train_dataloader()))
-    assert not torch.equal(images, again)
-    assert rows(images, labels) == rows(*data.train_set.tensors)
+def order(seed, epoch):
+    loader = ready(batch_size=700, seed=seed).train_dataloader()
+    loader.sampler.set_epoch(epoch)
+    images, labels = (torch.cat(part) for part in zip(*loader, strict=True))
+    assert rows(images, labels) == rows(*ready().train_set.tensors)
+    return images
+
+
+def test_the_order_of_training_follows_from_seed_and_epoch_alone():
+    first = order(seed=1, epoch=0)
+    assert not torch.equal(first, ready().train_set.tensors[0])
+    torch.manual_seed(99)
+    assert torch.equal(order(seed=1, epoch=0), first)
+    assert not torch.equal(order(seed=1, epoch=1), first)
+    assert not torch.equal(order(seed=2, epoch=0), first)
+
+
+def test_without_a_seed_the_order_is_that_of_the_program():
+    torch.manual_seed(7)
+    assert DigitsDataModule().seed == 7
+
+
+def test_evaluation_is_not_shuffled():
+    data = ready()
     for loader in (data.val_dataloader(), data.test_dataloader(), data.predict_dataloader()):
         assert torch.equal(torch.cat([images for images, _ in loader]), data.held_out_set.tensors[0])
+
+
+@pytest.mark.parametrize(("checkpoint", "crash_at"), [("step", (1, 1)), ("epoch", (1, 0))])
+def test_a_resumed_training_sees_the_rest_of_its_epoch(checkpoint, crash_at):
+    def build():
+        return BetaVAE(MLPEncoder([64], [5], 2), MLPDecoder(2, [5], [64]), input_shape=[64])
+
+    assert_resumes(build, lambda: DigitsDataModule(batch_size=400), checkpoint=checkpoint, crash_at=crash_at)
 
 
 def test_a_second_setup_reads_nothing_again():
@@ -108,6 +138,7 @@ def test_arguments_are_hyperparameters():
         "binarize": False,
         "shape": "flat",
         "num_workers": 0,
+        "seed": None,
     }
 
 
