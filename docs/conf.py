@@ -48,7 +48,7 @@ sphinx_gallery_conf = {
     "examples_dirs": str(ROOT / "examples"),
     "gallery_dirs": "gallery",
     "filename_pattern": r"\.py$",
-    "ignore_pattern": r"(__init__|_demo|_reproduce)\.py$",
+    "ignore_pattern": r"(/_\w+|_demo|_reproduce)\.py$",
     "abort_on_example_error": True,
     "download_all_examples": False,
     "remove_config_comments": True,
