@@ -285,12 +285,16 @@ def test_concat_appends_t_to_images_and_latents():
             return self.head(self.conv(x).flatten(1))
 
     encoder = Sees()
-    decoder = nn.Sequential(nn.Linear(3, 16), nn.Unflatten(1, (1, 4, 4)))
+    decoder = nn.Sequential(nn.Identity(), nn.Linear(3, 16), nn.Unflatten(1, (1, 4, 4)))
+    latents = []
+    decoder[0].register_forward_hook(lambda module, inputs, output: latents.append(output))
     model = MultiRateVAE(encoder, decoder, [1, 4, 4], conditioning="concat")
     x = torch.rand(2, 1, 4, 4)
     with model.at(torch.tensor([0.01, 10.0])):
         model.encode(x)
+        model.decode(torch.full((2, 2), 7.0))
     assert torch.equal(encoder.seen[:, :1], x)
+    torch.testing.assert_close(latents[-1], torch.tensor([[7, 7, -math.sqrt(3)], [7, 7, math.sqrt(3)]]))
     torch.testing.assert_close(encoder.seen[0, 1], torch.full((4, 4), -math.sqrt(3)))
     torch.testing.assert_close(encoder.seen[1, 1], torch.full((4, 4), math.sqrt(3)))
 

@@ -232,6 +232,21 @@ def test_without_an_end_the_learning_rate_stays():
     assert set(rates) == {0.5}
 
 
+def test_a_run_that_is_resumed_for_longer_follows_the_longer_schedule(tmp_path):
+    def rates(model, max_epochs, **kwargs):
+        seen = []
+        model.on_train_batch_start = lambda *_: seen.append(trainer.optimizers[0].param_groups[0]["lr"])
+        trainer = Trainer(max_epochs=max_epochs, **QUIET)
+        trainer.fit(model, DataLoader(pixels(8), 4), **kwargs)
+        trainer.save_checkpoint(tmp_path / "end.ckpt")
+        return seen
+
+    whole = rates(vae(lr=0.5), 6)
+    rates(vae(lr=0.5), 2)
+    assert rates(vae(lr=0.5), 6, ckpt_path=tmp_path / "end.ckpt") == pytest.approx(whole[4:], rel=1e-9)
+    assert whole[4] > 0.1
+
+
 def test_scheduler_pickles():
     trainer = Trainer(max_epochs=1, **QUIET)
     model = vae()

@@ -58,7 +58,7 @@ def test_free_bits(free_bits):
     expected = (error / 2).mean() + torch.maximum(mean, torch.full_like(mean, free_bits)).sum()
     terms = model.rate_distortion(x)
     torch.testing.assert_close(model.loss(terms), expected, rtol=1e-12, atol=0)
-    torch.testing.assert_close(terms.rate, kl.sum(1)), "the rate that is reported has no floor"
+    torch.testing.assert_close(terms.rate, kl.sum(1))  # what is reported has no floor
 
 
 def test_a_latent_below_the_floor_is_not_pushed_down():
