@@ -48,7 +48,7 @@ sphinx_gallery_conf = {
     "examples_dirs": str(ROOT / "examples"),
     "gallery_dirs": "gallery",
     "filename_pattern": r"\.py$",
-    "ignore_pattern": r"(/_\w+|_demo|_reproduce)\.py$",
+    "ignore_pattern": r"(^_\w+|_demo|_reproduce)\.py$",  # of the bare file name
     "abort_on_example_error": True,
     "download_all_examples": False,
     "remove_config_comments": True,
@@ -66,13 +66,16 @@ KINDS = {
 }
 
 
-def _rewrite(text: str, source: Path, target: Path) -> str:
-    """Point the relative links of a page written for ``source`` from ``target``; leave code and web links alone."""
+def _rewrite(text: str) -> str:
+    """Point the relative links of a card, which lies in callbacks/, from docs/methods/; web links and anchors stay."""
 
     def link(match: re.Match[str]) -> str:
         before, path, after = match.groups()
-        moved = os.path.relpath(source / path, target)
-        return f"{before}{moved}{after}"
+        target = (ROOT / "callbacks" / path).resolve()
+        if target.suffix == ".md" and target.parent == ROOT / "callbacks":
+            return match[0]  # another card: its page lies beside this one
+        outside = target.suffix == ".md" and DOCS not in target.parents
+        return f"{before}{'path:' if outside else ''}{os.path.relpath(target, DOCS / 'methods')}{after}"
 
     return re.sub(r"(\]\()(?![a-z]+:|#|/)([^)#\s]+)([^)]*\))", link, text)
 
@@ -89,7 +92,7 @@ def _method_pages() -> None:
     cards = sorted((ROOT / "callbacks").glob("*.md"))
     for card in cards:
         body = card.read_text(encoding="utf-8").split("---\n", 2)[2]
-        _write(DOCS / "methods" / card.name, _rewrite(body.lstrip(), ROOT / "callbacks", DOCS / "methods"))
+        _write(DOCS / "methods" / card.name, _rewrite(body.lstrip()))
     for page in set((DOCS / "methods").glob("*.md")) - {DOCS / "methods" / card.name for card in cards}:
         page.unlink()
 
