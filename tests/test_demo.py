@@ -207,6 +207,16 @@ def test_an_unwritable_folder_is_refused_before_anything_runs(examples, capsys, 
     )
 
 
+def test_a_folder_on_a_read_only_disk_is_refused(examples, monkeypatch):
+    def refuse(path, content):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    with pytest.raises(UserError, match=r"cannot write to the output folder runs/demo: Permission denied\."):
+        demo(["alpha"], examples=examples)
+    assert not Path("runs/demo/index.html").exists()
+
+
 def test_a_tile_without_its_parts_or_its_packages_is_named_before_anything_runs(examples, monkeypatch):
     (examples / "beta_demo.py").write_text("TITLE = 'x'\n")
     with pytest.raises(UserError, match=r"beta_demo\.py must define tile\."):

@@ -107,6 +107,22 @@ def test_an_interruption_keeps_the_finished_rows(examples, capsys):
     assert "what was finished is kept" in err
 
 
+def test_every_criterion_is_on_disk_before_the_first_measurement(examples):
+    source = CLAIMS.replace("LAST", "None").replace("over_seeds(float", "over_seeds(interrupt")
+    stop = "\n\ndef interrupt(seed):\n    raise KeyboardInterrupt\n"
+    (examples / "toy_reproduce.py").write_text(source + stop)
+    assert main(["reproduce", "toy"]) == 130
+    rows = stored()["rows"]
+    assert [row["criterion"] for row in rows] == [
+        "below 3 on every seed",
+        "at least 9",
+        "equal",
+        "two rows wait",
+        "full",
+    ]
+    assert {row["passed"] for row in rows} == {None}
+
+
 def test_a_measurement_that_crashes_is_a_failed_claim_and_exit_code_1(examples, capsys):
     write(examples, last="lambda: 1 / 0")
     assert main(["reproduce", "toy"]) == 1
