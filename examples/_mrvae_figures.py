@@ -124,8 +124,8 @@ def curves(result: Any, recipes: Mapping[str, Any], title: str, band: tuple[floa
         right.fill_between([low / 1.25, high * 1.25], bottom, top, color=COLOURS["mr"], alpha=0.09, lw=0)
         right.axhline(0, color=COLOURS["beta"], lw=1.6)
         right.annotate(
-            recipes["beta"].label, (1, 0), (-2, 4), xycoords=("axes fraction", "data"), textcoords="offset points",
-            ha="right", color=COLOURS["beta"], fontsize=9.5,
+            recipes["beta"].label, (0.02, 0), (0, -4), xycoords=("axes fraction", "data"),
+            textcoords="offset points", va="top", color=COLOURS["beta"], fontsize=9.5,
         )  # fmt: skip
         for kind in [*result.multi_rate, *(kind for kind in result.single_rate if kind != "beta")]:
             gaps = result.gaps_by_beta(kind)
@@ -164,8 +164,8 @@ def _draw_curves(axes: Axes, result: Any, recipes: Mapping[str, Any]) -> None:
             )  # fmt: skip
     for beta, run in result.single_rate["beta"][result.seeds[0]].items():
         axes.annotate(
-            f"β = {beta:g}", (run.points[beta].rate, run.points[beta].distortion), (7, 5),
-            textcoords="offset points", fontsize=9, color=COLOURS["beta"],
+            f"β = {beta:g}", (run.points[beta].rate, run.points[beta].distortion), (-6, -4),
+            textcoords="offset points", ha="right", va="top", fontsize=9, color=COLOURS["beta"],
         )  # fmt: skip
 
 

@@ -132,6 +132,12 @@ def is_monotone(points: Sequence[Any]) -> bool:
     return all(a.rate > b.rate and a.distortion < b.distortion for a, b in itertools.pairwise(points))
 
 
+def wrong_way(points: Sequence[Any]) -> tuple[float, float]:
+    """The largest step of the rate upwards and of the distortion downwards along ascending beta, nats."""
+    pairs = list(itertools.pairwise(points))
+    return max(b.rate - a.rate for a, b in pairs), max(a.distortion - b.distortion for a, b in pairs)
+
+
 def signed(values: Sequence[float]) -> str:
     """Gaps as text, ``+0.31 -0.20``."""
     return " ".join(f"{value:+.2f}" for value in values)
@@ -169,7 +175,9 @@ def fresh_claims(seeds: Sequence[int]) -> Iterator[Claim]:
     def monotone() -> Outcome:
         curves = [[fresh().multi_rate["mr"][seed].points[beta] for beta in part.GRID] for seed in seeds]
         held = [is_monotone(curve) for curve in curves]
-        return Outcome(f"{sum(held)} of {len(held)} seeds", all(held), seeds=seeds)
+        rate, distortion = (max(steps) for steps in zip(*map(wrong_way, curves), strict=True))
+        steps = f"largest step the wrong way: R {max(rate, 0.0):.3f}, D {max(distortion, 0.0):.3f} nats"
+        return Outcome(f"{sum(held)} of {len(held)} seeds; {steps}", all(held), seeds=seeds)
 
     def per_batch() -> Outcome:
         result = fresh()

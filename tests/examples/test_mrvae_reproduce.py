@@ -130,6 +130,7 @@ def test_monotone_means_strictly_and_both(script):
     assert not script.is_monotone([point(3, 1), point(3, 2)])
     assert not script.is_monotone([point(3, 1), point(2, 1)])
     assert not script.is_monotone([point(2, 1), point(3, 2)])
+    assert script.wrong_way([point(3, 1), point(2, 2), point(4, 1.5), point(1, 3)]) == (2, 0.5)
 
 
 def digits(script, monkeypatch, mr, slow=0.0, seconds=1.2):
