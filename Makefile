@@ -40,7 +40,7 @@ types: .venv/.stamp  ## Check types (mypy, strict on the package).
 	$(RUN) mypy
 
 docs: .venv/.stamp  ## Build the documentation into docs/_build/html; a warning is an error.
-	$(RUN) sphinx -W --keep-going -j auto -q docs docs/_build/html
+	$(RUN) sphinx -E -W --keep-going -j auto -q docs docs/_build/html
 	@echo "Documentation: docs/_build/html/index.html"
 
 bench: .venv-bench/.stamp  ## Time us against peers and write benchmarks/results/*.json (one method: METHOD=mrvae).

@@ -4,13 +4,18 @@ import importlib
 import inspect
 import os
 import re
+import warnings
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: Sphinx forks its readers
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
+from sphinx.application import Sphinx
+
 import lightning_ext
+
+warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's own, under torch 2.13
 
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
@@ -66,16 +71,19 @@ KINDS = {
 }
 
 
-def _rewrite(text: str) -> str:
-    """Point the relative links of a card, which lies in callbacks/, from docs/methods/; web links and anchors stay."""
+def _rewrite(text: str, source: Path, page: Path) -> str:
+    """Point the relative links of a text that lies in folder ``source`` from a page in folder ``page``.
+
+    A link to a card leads to its page; one to another text outside of the documentation becomes a download.
+    """
 
     def link(match: re.Match[str]) -> str:
         before, path, after = match.groups()
-        target = (ROOT / "callbacks" / path).resolve()
+        target = (source / path).resolve()
         if target.suffix == ".md" and target.parent == ROOT / "callbacks":
-            return match[0]  # another card: its page lies beside this one
+            target = DOCS / "methods" / target.name
         outside = target.suffix == ".md" and DOCS not in target.parents
-        return f"{before}{'path:' if outside else ''}{os.path.relpath(target, DOCS / 'methods')}{after}"
+        return f"{before}{'path:' if outside else ''}{os.path.relpath(target, page)}{after}"
 
     return re.sub(r"(\]\()(?![a-z]+:|#|/)([^)#\s]+)([^)]*\))", link, text)
 
@@ -92,7 +100,7 @@ def _method_pages() -> None:
     cards = sorted((ROOT / "callbacks").glob("*.md"))
     for card in cards:
         body = card.read_text(encoding="utf-8").split("---\n", 2)[2]
-        _write(DOCS / "methods" / card.name, _rewrite(body.lstrip()))
+        _write(DOCS / "methods" / card.name, _rewrite(body.lstrip(), ROOT / "callbacks", DOCS / "methods"))
     for page in set((DOCS / "methods").glob("*.md")) - {DOCS / "methods" / card.name for card in cards}:
         page.unlink()
 
@@ -116,3 +124,14 @@ def _api_pages() -> None:
 
 _method_pages()
 _api_pages()
+
+
+def _included(app: Sphinx, path: Path, parent: str, content: list[str]) -> None:
+    content[0] = _rewrite(content[0], (DOCS / path).resolve().parent, DOCS)
+
+
+def setup(app: Sphinx) -> None:
+    """Let the part of README that getting_started.md includes keep its links."""
+    app.connect("include-read", _included)
+    # Lightning's format, set when it is imported, would print paths of the builder's machine into the gallery
+    warnings.formatwarning = lambda message, category, *_: f"{category.__name__}: {message}\n"
