@@ -34,6 +34,7 @@ extensions = [
     "sphinx_gallery.gen_gallery",
 ]
 exclude_patterns = ["_build", "gallery/**/*.ipynb", "gallery/**/*.zip"]
+suppress_warnings = ["sphinx_gallery.space_in_filename"]  # the clone may lie in a folder with a space
 html_theme = "furo"
 html_title = "lightning_ext"
 html_show_sourcelink = False
