@@ -86,9 +86,10 @@ def linear(
                 ha="left" if above else "right", va="center",
             )  # fmt: skip
         left.set_xscale("log")
+        left.xaxis.set_minor_locator(NullLocator())
         left.set_yticks(range(len(excess)), [labels[family] for family in excess])
         left.set_ylim(len(excess) - 0.5, -0.6)
-        left.set_xlim(2.5e-4, 9)
+        left.set_xlim(1e-4, 9)
         left.grid(axis="y", visible=False)
         left.set_xlabel("loss above the optimum (nats), best seed")
         left.set_title("How close training comes (orange: to pass)")
@@ -116,6 +117,7 @@ def curves(result: Any, recipes: Mapping[str, Any], title: str, band: tuple[floa
     """
     with _panels((1.15, 1.0)) as (figure, (left, right)):
         _draw_curves(left, result, recipes)
+        left.margins(0.09)
         left.set(xlabel="rate R (nats)", ylabel="distortion D (nats)")
         left.set_title(f"One run against one network per β\n{title}")
         left.legend(loc="upper right")
