@@ -41,7 +41,9 @@ if TYPE_CHECKING:
 
 __all__ = ["PAGE_STYLE", "Picture", "Table", "Tile", "demo", "tiles"]
 
-_LIGHT_INK, _DARK_INK = "#1d2733", "#dfe6ee"
+_LIGHT_INK, _DARK_INK, _DARK_CARD = "#1d2733", "#dfe6ee", "#18202a"  # as in the template
+_INK_LEVEL = 0.18  # brightness up to which a grey counts as full ink
+_GREY = 0.15  # spread of the channels up to which a colour counts as grey
 _SVG_LIMIT = 400_000  # bytes; beyond it a picture of pixels is the smaller one
 
 PAGE_STYLE: dict[str, Any] = {
@@ -120,26 +122,41 @@ def _data_uri(figure: "Figure") -> str:
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
+def _on_dark(color: Any) -> Any:
+    """Mirror a grey from ink on paper to ink on the dark card; colours, and what is clear, stay as they are."""
+    from matplotlib.colors import to_rgb, to_rgba
+
+    red, green, blue, alpha = rgba = to_rgba(color)
+    if alpha == 0:
+        return "none"  # numbers would become visible on a patch that has an alpha of its own
+    if max(red, green, blue) - min(red, green, blue) > _GREY:
+        return rgba
+    paper = min(1.0, max(0.0, ((red + green + blue) / 3 - _INK_LEVEL) / (1 - _INK_LEVEL)))
+    mixed = [ink + paper * (card - ink) for ink, card in zip(to_rgb(_DARK_INK), to_rgb(_DARK_CARD), strict=True)]
+    return (*mixed, alpha)
+
+
 def _use_light_ink(figure: "Figure") -> None:
-    """Turn whatever is drawn in black or in the page's dark ink light, for the dark page; colours stay."""
-    from matplotlib.colors import to_rgba
-    from matplotlib.legend import Legend
+    """Redraw a figure's greys, black and white included, for the dark page; mapped data and pictures keep theirs."""
+    from matplotlib.collections import Collection
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
     from matplotlib.text import Text
 
-    ink = {to_rgba("black"), to_rgba(_LIGHT_INK)}
+    parts = {
+        Text: ("color",),
+        Line2D: ("color", "markerfacecolor", "markeredgecolor"),
+        Patch: ("edgecolor", "facecolor"),
+    }
     for artist in figure.findobj():
-        if isinstance(artist, Text) and to_rgba(artist.get_color()) in ink:
-            artist.set_color(_DARK_INK)
-        elif isinstance(artist, Line2D):
-            for part in ("color", "markerfacecolor", "markeredgecolor"):
-                if to_rgba(getattr(artist, f"get_{part}")()) in ink:
-                    getattr(artist, f"set_{part}")(_DARK_INK)
-        elif isinstance(artist, Patch) and to_rgba(artist.get_edgecolor()) in ink:
-            artist.set_edgecolor(_DARK_INK)
-        elif isinstance(artist, Legend):
-            artist.get_frame().set_alpha(0.0)
+        names = next((names for kind, names in parts.items() if isinstance(artist, kind)), ())
+        # read all before writing any: a marker's colour may follow the line's
+        colors = [(name, _on_dark(getattr(artist, f"get_{name}")())) for name in names]
+        for name, color in colors:
+            getattr(artist, f"set_{name}")(color)
+        if isinstance(artist, Collection):
+            artist.set_edgecolor([_on_dark(color) for color in artist.get_edgecolor()])
+            artist.set_facecolor([_on_dark(color) for color in artist.get_facecolor()])  # mapped data win when drawn
 
 
 def _picture(picture: Picture) -> dict[str, str]:

@@ -25,7 +25,11 @@ def tile(output_dir):
     line, axes = plt.subplots()
     axes.plot([0, 1], [1, 0], label="ours")
     axes.set_xlabel("rate")
-    axes.legend()
+    axes.legend(frameon=True, facecolor="white")
+    axes.plot([0, 1], [0, 0], color="0.4", marker="o", markerfacecolor="none")
+    axes.scatter([0, 1], [1, 1], color="0.05")
+    axes.axvspan(0, 1, facecolor="none", edgecolor="0.4", alpha=0.5)
+    axes.scatter([0, 1], [0, 1], c=[0, 1], cmap="viridis", edgecolors="white")
     image, axes = plt.subplots()
     axes.imshow(torch.rand(8, 8).numpy(), cmap="gray")
     return Tile(
@@ -103,9 +107,18 @@ def test_pictures_are_vectors_in_two_inks(examples):
     assert "#dfe6ee" not in drawn[0]
     assert "#1d2733" not in drawn[1]
     assert "#dfe6ee" in drawn[1]
+    assert "#666666" in drawn[0]
+    for grey in ("#666666", "#0d0d0d", "#ffffff"):  # of a line, of points, of the legend's ground and the points' rims
+        assert grey in drawn[0]
+        assert grey not in drawn[1]
+    for color in ("#2f7de1", "#440154", "#fde725"):  # of the line and of the mapped points
+        assert color in drawn[0]
+        assert color in drawn[1]
+    assert "opacity: 0.5" in drawn[1]
+    assert not re.search(r"fill: #\w+; opacity: 0\.5", drawn[1])  # what is clear stays clear
     for text in drawn:
-        assert "#2f7de1" in text  # the line keeps its colour
-        assert "#ffffff" not in text  # and the ground is clear
+        for ground in ("patch_1", "patch_2"):  # of the figure and of its axes
+            assert re.search(rf'id="{ground}">.*?style="([^"]*)"', text, re.DOTALL)[1] == "fill: none"
 
 
 def test_a_picture_too_large_for_vectors_becomes_pixels(examples):
