@@ -128,11 +128,11 @@ class MultiRateMixin(AddressedNoise):
         r"""Mean of :math:`D_i + \beta_i R_i` over the batch, with fresh betas (2212.03905, Algorithm 1)."""
         return self._multirate_step("train", batch, batch_idx)
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Log the loss averaged over the whole range of beta, the same betas in every epoch."""
         self._multirate_step("val", batch, batch_idx)
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Log the loss averaged over the whole range of beta."""
         self._multirate_step("test", batch, batch_idx)
 

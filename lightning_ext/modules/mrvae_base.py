@@ -207,11 +207,11 @@ class BaseVAE(AddressedNoise):
         """Loss of one batch."""
         return self._step("train", batch, batch_idx)
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Log the loss of one batch; its noise is the same in every epoch."""
         self._step("val", batch, batch_idx)
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Log the loss of one batch."""
         self._step("test", batch, batch_idx)
 
@@ -323,9 +323,7 @@ class WarmupCosine:
         self.total: float | None = None
 
     def begin(self, scheduler: torch.optim.lr_scheduler.LambdaLR, total: float) -> None:
-        """Learn the number of steps, unless a checkpoint has told it, and set the rate of the first step."""
-        if self.total is not None:
-            return
+        """Learn the number of steps of this run, which may go on for longer than the one that was resumed."""
         self.total = total
         rates = [base * self(scheduler.last_epoch) for base in scheduler.base_lrs]
         for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):

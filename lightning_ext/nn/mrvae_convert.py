@@ -178,8 +178,8 @@ def _heads(calls: list[_Call], output: Any, needed: bool) -> list[_Call]:
         found += [c for c in calls if isinstance(c.module, _GATEABLE) and c.output_memory == memory][-1:]
     if needed and len(found) < 2:
         raise ValueError(
-            "the layers that produce mu and logvar were not found: gate_heads=False and log_variance='add' need an "
-            "encoder that returns the outputs of its last layers as they are."
+            "the layers that produce mu and logvar were not found: gate_heads=False, log_variance='add' and layouts "
+            "other than 'paper' need an encoder that returns the outputs of its last layers as they are."
         )
     return found
 
@@ -316,7 +316,7 @@ def convert_to_multirate(
         return RateGate(features, context, _channel_dim(module), activation, init)
 
     planner = _Planner(make, layout, lambda name: _selected(name, include, exclude))
-    needs_heads = log_variance == "add" or not gate_heads
+    needs_heads = log_variance == "add" or not gate_heads or layout != "paper"
     heads = [] if hierarchical else _heads(encoder_calls, posterior, needs_heads)
     planner.gate(encoder_calls, [] if gate_heads and layout == "paper" else heads, is_encoder=True)
     planner.gate(decoder_calls, _untouched_decoder_layers(decoder_calls, layout, gate_output), is_encoder=False)

@@ -58,7 +58,7 @@ def fold(network: nn.Module, beta: float, extrapolate: bool = False) -> nn.Modul
 def _absorb(module: nn.Module, scale: Tensor | None, shift: Tensor | None) -> None:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, nn.Parameter) or parametrize.is_parametrized(module):
-        raise ValueError(f"cannot fold a gate into {module}: it has no plain weight to absorb it.")
+        raise ValueError(f"cannot fold a gate into this {type(module).__name__}: it has no plain weight to absorb it.")
     bias: Tensor | None = getattr(module, "bias", None)
     if scale is not None:
         factor = scale.to(weight.dtype)

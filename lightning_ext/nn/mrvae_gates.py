@@ -4,7 +4,7 @@ Source: Bae et al., *Multi-Rate VAE*, ICLR 2023, arXiv 2212.03905, sections 3 an
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +73,11 @@ class RateConditioner(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} must implement coefficients(t).")
 
+    def condition_output(self, features: Tensor) -> Tensor:
+        """What the hook of a converted layer calls: as ``forward``, but free to overwrite ``features``."""
+        conditioned: Tensor = self(features)
+        return conditioned
+
     def forward(self, features: Tensor) -> Tensor:
         """Apply the affine map of the current beta.
 
@@ -107,6 +112,29 @@ def _affine(t: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.addcmul(bias, t.to(weight.dtype), weight)
 
 
+class _GatedProduct(torch.autograd.Function):
+    """``features * gate`` written over ``features``; backpropagation recovers what it needs from the product.
+
+    The gradient of the gate is the sum of ``grad * features = grad * product / gate`` over space. Where the gate is 0
+    the features are lost and the gradient is taken as 0, which is right because a closed gate has derivative 0.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, gate: Tensor) -> Tensor:
+        features.mul_(gate)
+        ctx.mark_dirty(features)
+        ctx.save_for_backward(features, gate)
+        return features
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        product, gate = ctx.saved_tensors
+        # As a batched dot product: a product and a sum would write another tensor as large as the features.
+        total = torch.einsum("bcs,bcs->bc", grads[0].flatten(2), product.flatten(2)).view_as(gate)
+        closed = (gate.detach() == 0).to(gate.dtype)
+        return grads[0] * gate, total * (1.0 - closed) / (gate + closed)
+
+
 class RateGate(RateConditioner):
     r"""Gate :math:`g(\beta) = \sigma(w\,t(\beta) + c)` on the channels of a layer (2212.03905, Eq. 6-9).
 
@@ -122,7 +150,7 @@ class RateGate(RateConditioner):
             channels off for every beta in the range, for ever (their gradient is 0).
 
     Gate arithmetic is float32 under autocast and in half-precision models. Cost: two numbers per channel and one
-    multiplication per activation; backpropagation keeps the un-gated activation.
+    multiplication per activation; backpropagation keeps the gated activation besides what the next layer keeps.
 
     >>> from lightning_ext.nn import LogUniformBeta
     >>> gate = RateGate(3, RateContext(LogUniformBeta()), activation="sqrt")
@@ -163,6 +191,17 @@ class RateGate(RateConditioner):
         x = _affine(t, self.weight, self.bias)
         gain = _IDENTITY_GAIN[x.dtype][self.activation] if self.init == "identity" else 1.0
         return gate_activation(x, self.activation, gain), None
+
+    def condition_output(self, features: Tensor) -> Tensor:
+        """Gate a convolution in place: where activations are large, another tensor costs more than the product."""
+        transformed = torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling()
+        if features.dim() == 2 or self.channel_dim != 1 or transformed:
+            return super().condition_output(features)
+        gate, _ = self.coefficients(self.context.t.to(features.device))
+        assert gate is not None
+        gate = self._fit(gate, features).expand(len(features), *[-1] * (features.dim() - 1))
+        product: Tensor = _GatedProduct.apply(features, gate)  # type: ignore[no-untyped-call]
+        return product
 
     def extra_repr(self) -> str:
         """What ``repr`` shows."""
@@ -293,5 +332,6 @@ class GatedFiLM(RateConditioner):
 
 def apply_conditioner(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
     """Forward hook of a converted layer: a function of this module, so that converted networks pickle."""
-    conditioned: Tensor = module.rate_gate(output)  # type: ignore[operator]
-    return conditioned
+    conditioner = module.rate_gate
+    assert isinstance(conditioner, RateConditioner)
+    return conditioner.condition_output(output)

@@ -18,6 +18,7 @@ from lightning_ext.nn import (
     RateFiLM,
     RateGate,
 )
+from lightning_ext.nn.mrvae_gates import apply_conditioner
 
 F64 = torch.float64
 SQRT3 = math.sqrt(3)
@@ -300,3 +301,70 @@ def test_betas_of_another_batch_are_refused(name):
     message = r"beta has shape \(2,\) but the layer sees a batch of 3"
     with conditioner.context.at(torch.tensor([0.1, 1.0])), pytest.raises(ValueError, match=message):
         conditioner(torch.ones(3, 4))
+
+
+# -- the product in place ----------------------------------------------------------------------------------------------
+
+
+def _convolution(activation, dtype=torch.float64):
+    torch.manual_seed(0)
+    gate_context = context()
+    layer = torch.nn.Conv2d(2, 3, 3, padding=1).to(dtype)
+    gate = RateGate(3, gate_context, activation=activation, init="paper").to(dtype)
+    layer.add_module("rate_gate", gate)
+    return layer, gate, gate_context
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "sqrt", "two_sigmoid"])
+def test_the_product_in_place_equals_the_plain_one_with_all_its_gradients(activation):
+    layer, gate, gate_context = _convolution(activation)
+    x = torch.randn(6, 2, 5, 5, dtype=torch.float64, requires_grad=True)
+    variables = [x, *layer.parameters()]
+
+    def run(condition):
+        with gate_context.at(torch.logspace(-2, 1, 6)):
+            loss = torch.relu(condition(layer(x))).pow(3).sum()
+        first = torch.autograd.grad(loss, variables, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), variables)
+        return loss.detach(), [g.detach() for g in first], second
+
+    torch.testing.assert_close(run(gate.condition_output), run(gate), rtol=1e-10, atol=1e-10)
+
+
+def test_a_closed_gate_in_place_has_no_gradient_and_no_nan():
+    layer, gate, gate_context = _convolution("sqrt")
+    with torch.no_grad():
+        gate.weight.zero_()
+        gate.bias.copy_(torch.tensor([1.0, -1.0, 0.0]))
+    with gate_context.at(1.0):
+        gate.condition_output(layer(torch.randn(2, 2, 4, 4, dtype=torch.float64))).square().sum().backward()
+    closed = torch.tensor([True, False, True])
+    for parameter in (gate.weight, gate.bias, layer.bias):
+        assert torch.isfinite(parameter.grad).all()
+    assert torch.equal(gate.bias.grad == 0, closed)
+
+
+def test_calling_a_gate_leaves_its_input_alone_and_the_hook_spares_a_copy():
+    layer, gate, gate_context = _convolution("sigmoid", torch.float32)
+    features = layer(torch.randn(2, 2, 4, 4)).detach()
+    kept = features.clone()
+    with gate_context.at(1.0):
+        gate(features)
+        assert torch.equal(features, kept)
+        assert gate.condition_output(features).data_ptr() == features.data_ptr()
+        assert not torch.equal(features, kept)
+
+
+def test_func_transforms_reach_a_gated_convolution():
+    layer, _, gate_context = _convolution("sqrt")
+    layer.register_forward_hook(apply_conditioner)
+    weights = {name: parameter.detach() for name, parameter in layer.named_parameters()}
+    x = torch.randn(4, 2, 5, 5, dtype=torch.float64)
+
+    def loss(weights, sample):
+        return torch.func.functional_call(layer, weights, (sample[None],)).square().sum()
+
+    with gate_context.at(0.5):
+        each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(weights, x)
+        layer(x).square().sum().backward()
+    torch.testing.assert_close({k: v.sum(0) for k, v in each.items()}, {k: p.grad for k, p in layer.named_parameters()})
