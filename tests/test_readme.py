@@ -18,6 +18,7 @@ import pytorch_lightning
 import yaml
 
 from lightning_ext import cli
+from lightning_ext._lightning import BACKEND
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "callbacks").glob("*.md")])
@@ -54,11 +55,14 @@ def commands(page: Path) -> list[str]:
 
 
 def execute(text: str, name: str) -> dict:
-    """Run the Python blocks of a page in one namespace; a traceback shows the page's own lines."""
+    """Run the Python blocks of a page in one namespace; a traceback shows the page's own lines.
+
+    Pages are written for ``pytorch_lightning``; where the tests run on the other package, so do the pages.
+    """
     names = {"__name__": "__main__"}
     for block in blocks(text):
         if block.kind == "python" and block.skip is None:
-            exec(compile("\n" * block.line + block.body, name, "exec"), names)
+            exec(compile("\n" * block.line + block.body.replace("pytorch_lightning", BACKEND), name, "exec"), names)
     return names
 
 
