@@ -314,15 +314,19 @@ class KLSchedule(Callback):
                 "(interval='step' for max_steps)."
             )
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Set the weight of a run that resumes inside an epoch, whose start hook does not fire again."""
+        self._set(trainer, pl_module)
+
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Set the weight of this epoch."""
+        """Set and log the weight of this epoch."""
         if self.interval == "epoch":
-            self._set(trainer, pl_module, trainer.current_epoch)
+            self._set_and_log(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Set the weight of this step."""
+        """Set and log the weight of this step."""
         if self.interval == "step":
-            self._set(trainer, pl_module, trainer.global_step)
+            self._set_and_log(trainer, pl_module)
 
     def value(self, progress: float) -> float | None:
         """Weight at a progress in [0, 1); ``None`` when a hold is over."""
@@ -339,9 +343,15 @@ class KLSchedule(Callback):
         steps = trainer.max_steps if trainer.max_steps > 0 else trainer.max_epochs
         return None if steps is None or steps < 1 else float(steps)
 
-    def _set(self, trainer: Trainer, pl_module: LightningModule, position: int) -> None:
-        total = trainer.estimated_stepping_batches if self.interval == "step" else self._total(trainer)
+    def _set(self, trainer: Trainer, pl_module: LightningModule) -> float | None:
+        by_step = self.interval == "step"
+        position = trainer.global_step if by_step else trainer.current_epoch
+        total = trainer.estimated_stepping_batches if by_step else self._total(trainer)
         weight = self.value(position / float(total or 1))
         setattr(pl_module, self.attribute, weight)
+        return weight
+
+    def _set_and_log(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        weight, by_step = self._set(trainer, pl_module), self.interval == "step"
         if weight is not None:
-            pl_module.log("mrvae/kl_weight", weight, on_step=self.interval == "step", on_epoch=self.interval == "epoch")
+            pl_module.log("mrvae/kl_weight", weight, on_step=by_step, on_epoch=not by_step)

@@ -3,6 +3,13 @@
 from lightning_ext.data.digits import DigitsDataModule
 from lightning_ext.data.dsprites import DSpritesDataModule
 from lightning_ext.data.mnist import MNISTDataModule
-from lightning_ext.data.resumable import EpochSampler, ResumableLoader
+from lightning_ext.data.resumable import EpochSampler, ResumableDataModule, ResumableLoader
 
-__all__ = ["DSpritesDataModule", "DigitsDataModule", "EpochSampler", "MNISTDataModule", "ResumableLoader"]
+__all__ = [
+    "DSpritesDataModule",
+    "DigitsDataModule",
+    "EpochSampler",
+    "MNISTDataModule",
+    "ResumableDataModule",
+    "ResumableLoader",
+]

@@ -3,9 +3,9 @@
 from typing import Any
 
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-__all__ = ["ImageArrays", "loader"]
+__all__ = ["ImageArrays"]
 
 
 class ImageArrays(Dataset[Any]):
@@ -29,25 +29,3 @@ class ImageArrays(Dataset[Any]):
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         """A whole batch in one indexing operation; the loader asks for this where it exists."""
         return self[indices]
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
-
-
-def loader(dataset: Dataset[Any] | None, batch_size: int, num_workers: int, shuffle: bool = False) -> DataLoader[Any]:
-    """A DataLoader of an :class:`ImageArrays`.
-
-    Raises:
-        RuntimeError: There is no data set yet.
-    """
-    if dataset is None:
-        raise RuntimeError("call setup() before asking for a loader; a Trainer does it by itself.")
-    return DataLoader(
-        dataset,
-        batch_size=batch_size,
-        shuffle=shuffle,
-        collate_fn=_as_it_is,
-        num_workers=num_workers,
-        persistent_workers=num_workers > 0,
-    )

@@ -7,8 +7,7 @@ from lightning_utilities.core.imports import RequirementCache
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_ext._lightning import LightningDataModule
-from lightning_ext.data.resumable import EpochSampler, ResumableLoader
+from lightning_ext.data.resumable import ResumableDataModule
 
 __all__ = ["DigitsDataModule"]
 
@@ -24,25 +23,19 @@ class _BatchedTensors(TensorDataset):
         return tuple(tensor[indices] for tensor in self.tensors)
 
 
-def _as_it_is(batch: Any) -> Any:
-    return batch
-
-
-class DigitsDataModule(LightningDataModule):
+class DigitsDataModule(ResumableDataModule):
     """1,400 training and 397 held-out images of handwritten digits, 8 x 8 pixels, with labels.
 
     Source of the data: E. Alpaydin, C. Kaynak, *Optical Recognition of Handwritten Digits*, UCI, 1998 (its test part,
     bundled with scikit-learn). The split is a fixed random permutation. Validation, test and predict loaders all give
     the held-out images: choose nothing on validation that you then report on test.
 
-    The order of the training images depends on (seed, epoch) alone, and the loader resumes in the middle of an epoch.
-
     Args:
         batch_size: samples per batch and rank.
         binarize: threshold pixels at half of their range, to 0 or 1; otherwise they are grey values in [0, 1].
         shape: ``"flat"`` (64,) or ``"image"`` (1, 8, 8).
         num_workers: workers of the loaders.
-        seed: seed of the order; ``None`` takes the seed of the program (``seed_everything``). Checkpoints keep it.
+        seed: seed of the training order, see :class:`ResumableDataModule`.
 
     Raises:
         ModuleNotFoundError: scikit-learn is not installed.
@@ -57,14 +50,11 @@ class DigitsDataModule(LightningDataModule):
         num_workers: int = 0,
         seed: int | None = None,
     ) -> None:
-        super().__init__()
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1; got {batch_size}.")
+        super().__init__(batch_size, num_workers, seed)
         if shape not in ("flat", "image"):
             raise ValueError(f"shape must be 'flat' or 'image'; got {shape!r}.")
         self.save_hyperparameters()
-        self.batch_size, self.binarize, self.shape, self.num_workers = batch_size, binarize, shape, num_workers
-        self.seed = torch.initial_seed() if seed is None else seed
+        self.binarize, self.shape = binarize, shape
         self.train_set: TensorDataset | None = None
         self.held_out_set: TensorDataset | None = None
 
@@ -87,39 +77,19 @@ class DigitsDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled training images with labels."""
-        return self._loader(self.train_set, shuffle=True)
+        return self.loader(self.train_set, shuffle=True)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Held-out images with labels."""
-        return self._loader(self.held_out_set)
+        return self.loader(self.held_out_set)
 
     def test_dataloader(self) -> DataLoader[Any]:
         """The same held-out images."""
-        return self._loader(self.held_out_set)
+        return self.loader(self.held_out_set)
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """The same held-out images."""
-        return self._loader(self.held_out_set)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The seed of the order."""
-        return {"seed": self.seed}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the order of the interrupted run."""
-        self.seed = state_dict["seed"]
-
-    def _loader(self, dataset: TensorDataset | None, shuffle: bool = False) -> DataLoader[Any]:
-        if dataset is None:
-            raise RuntimeError("call setup() before asking for a loader; a Trainer does it by itself.")
-        return ResumableLoader(
-            dataset,
-            batch_size=self.batch_size,
-            sampler=EpochSampler(dataset, self.seed) if shuffle else None,
-            collate_fn=_as_it_is,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-        )
+        return self.loader(self.held_out_set)
 
 
 def _load() -> tuple[Tensor, Tensor]:

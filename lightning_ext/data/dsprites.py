@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_ext._lightning import LightningDataModule
-from lightning_ext.data._arrays import ImageArrays, loader
+from lightning_ext.data._arrays import ImageArrays
 from lightning_ext.data._download import download as fetch
+from lightning_ext.data.resumable import ResumableDataModule
 
 __all__ = ["DSpritesDataModule"]
 
@@ -24,7 +24,7 @@ _CHECKSUM = "md5:7da33b31b13a06f4b04a70402ce90c2e"
 _EVAL_SEED = 0
 
 
-class DSpritesDataModule(LightningDataModule):
+class DSpritesDataModule(ResumableDataModule):
     """737,280 binary images of one white shape, 64 x 64 pixels, with the factors that made each of them.
 
     A batch is ``(images, factors)``: float32 zeros and ones, and int64 ``(B, 5)`` with the classes of
@@ -41,6 +41,7 @@ class DSpritesDataModule(LightningDataModule):
         num_eval: images of the evaluation loaders, at least 1; all, if there are fewer.
         download: fetch the file if it is missing (27 MB), checked against its MD5.
         num_workers: workers of the loaders.
+        seed: seed of the training order, see :class:`ResumableDataModule`.
 
     Raises:
         ValueError: an argument is out of range, or the file is damaged or holds something else.
@@ -62,15 +63,16 @@ class DSpritesDataModule(LightningDataModule):
         num_eval: int = 10_000,
         download: bool = False,
         num_workers: int = 0,
+        seed: int | None = None,
     ) -> None:
-        super().__init__()
-        if batch_size < 1 or num_eval < 1:
-            raise ValueError(f"batch_size and num_eval must be at least 1; got {batch_size} and {num_eval}.")
+        super().__init__(batch_size, num_workers, seed)
+        if num_eval < 1:
+            raise ValueError(f"num_eval must be at least 1; got {num_eval}.")
         if shape not in ("image", "flat"):
             raise ValueError(f"shape must be 'image' or 'flat'; got {shape!r}.")
         self.save_hyperparameters()
         self.root, self.download = Path(root), download
-        self.batch_size, self.num_workers, self.num_eval = batch_size, num_workers, num_eval
+        self.num_eval = num_eval
         self.shape = shape
         self.train_set: ImageArrays | None = None
         self.eval_set: ImageArrays | None = None
@@ -106,11 +108,11 @@ class DSpritesDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """All images, shuffled, with their factors."""
-        return loader(self.train_set, self.batch_size, self.num_workers, shuffle=True)
+        return self.loader(self.train_set, shuffle=True)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """The evaluation images with their factors."""
-        return loader(self.eval_set, self.batch_size, self.num_workers)
+        return self.loader(self.eval_set)
 
     def test_dataloader(self) -> DataLoader[Any]:
         """The same evaluation images."""

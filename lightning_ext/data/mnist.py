@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_ext._lightning import LightningDataModule
-from lightning_ext.data._arrays import ImageArrays, loader
+from lightning_ext.data._arrays import ImageArrays
 from lightning_ext.data._download import download as fetch
+from lightning_ext.data.resumable import ResumableDataModule
 
 __all__ = ["MNISTDataModule"]
 
@@ -28,7 +28,7 @@ _BINARIZE_SEED = 0
 Binarize = Literal["threshold", "stochastic"] | None
 
 
-class MNISTDataModule(LightningDataModule):
+class MNISTDataModule(ResumableDataModule):
     """60,000 training and 10,000 test images of handwritten digits, 28 x 28 pixels, with labels.
 
     Source of the data: LeCun, Cortes, Burges, *The MNIST database of handwritten digits*, 1998.
@@ -44,6 +44,7 @@ class MNISTDataModule(LightningDataModule):
         num_val: training images held out for validation, the last ones; with 0 there is no validation loader.
         download: fetch files that are missing (11 MB), checked against their SHA-256.
         num_workers: workers of the loaders.
+        seed: seed of the training order, see :class:`ResumableDataModule`.
 
     Raises:
         ValueError: an argument is out of range, or a file is not what its name says.
@@ -63,10 +64,9 @@ class MNISTDataModule(LightningDataModule):
         num_val: int = 5000,
         download: bool = False,
         num_workers: int = 0,
+        seed: int | None = None,
     ) -> None:
-        super().__init__()
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1; got {batch_size}.")
+        super().__init__(batch_size, num_workers, seed)
         if binarize not in ("threshold", "stochastic", None):
             raise ValueError(f"binarize must be 'threshold', 'stochastic' or None; got {binarize!r}.")
         if shape not in ("image", "flat"):
@@ -75,7 +75,7 @@ class MNISTDataModule(LightningDataModule):
             raise ValueError(f"num_val must be at least 0; got {num_val}.")
         self.save_hyperparameters()
         self.root, self.download = Path(root), download
-        self.batch_size, self.num_workers, self.num_val = batch_size, num_workers, num_val
+        self.num_val = num_val
         self.binarize, self.shape = binarize, shape
         self.train_set: ImageArrays | None = None
         self.val_set: ImageArrays | None = None
@@ -109,15 +109,15 @@ class MNISTDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled training images with labels."""
-        return loader(self.train_set, self.batch_size, self.num_workers, shuffle=True)
+        return self.loader(self.train_set, shuffle=True)
 
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
         """The images held out of the training part."""
-        return loader(self.val_set, self.batch_size, self.num_workers) if self.num_val else []
+        return self.loader(self.val_set) if self.num_val else []
 
     def test_dataloader(self) -> DataLoader[Any]:
         """The test images."""
-        return loader(self.test_set, self.batch_size, self.num_workers)
+        return self.loader(self.test_set)
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """The test images."""

@@ -1,14 +1,15 @@
-"""A loader that goes on where an interrupted run stopped, also in the middle of an epoch."""
+"""Loaders that go on where an interrupted run stopped, also in the middle of an epoch."""
 
 from collections.abc import Iterator, Mapping, Sized
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import DataLoader, Dataset, RandomSampler
 
+from lightning_ext._lightning import LightningDataModule
 from lightning_ext.functional.counter_rng import seeded_generator
 
-__all__ = ["EpochSampler", "ResumableLoader"]
+__all__ = ["EpochSampler", "ResumableDataModule", "ResumableLoader"]
 
 
 class EpochSampler(RandomSampler):
@@ -74,3 +75,57 @@ class ResumableLoader(DataLoader[Any]):
     def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
         """Skip as many batches in the next epoch."""
         self._skip = state_dict["position"] % max(1, len(self))
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+class ResumableDataModule(LightningDataModule):
+    """Base of data modules whose training order depends on (seed, epoch) alone and resumes in the middle of an epoch.
+
+    Args:
+        batch_size: samples per batch and rank, at least 1.
+        num_workers: workers of the loaders.
+        seed: seed of the order; ``None`` takes the seed of the program (``seed_everything``). Checkpoints keep it.
+
+    Raises:
+        ValueError: ``batch_size < 1``.
+    """
+
+    def __init__(self, batch_size: int, num_workers: int = 0, seed: int | None = None) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1; got {batch_size}.")
+        self.batch_size, self.num_workers = batch_size, num_workers
+        self.seed = torch.initial_seed() if seed is None else seed
+
+    def loader(self, dataset: Dataset[Any] | None, shuffle: bool = False) -> ResumableLoader:
+        """A loader of a dataset that indexes a whole batch at once (``__getitems__``).
+
+        Args:
+            dataset: the dataset, or None before ``setup``.
+            shuffle: permute every epoch anew.
+
+        Raises:
+            RuntimeError: there is no dataset yet.
+        """
+        if dataset is None:
+            raise RuntimeError("call setup() before asking for a loader; a Trainer does it by itself.")
+        sized: Any = dataset
+        return ResumableLoader(
+            dataset,
+            batch_size=self.batch_size,
+            sampler=EpochSampler(sized, self.seed) if shuffle else None,
+            collate_fn=_as_it_is,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The seed of the order."""
+        return {"seed": self.seed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the order of the interrupted run."""
+        self.seed = state_dict["seed"]

@@ -130,8 +130,8 @@ def test_download(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_size": 0}, "batch_size and num_eval must be at least 1; got 0 and 10"),
-        ({"num_eval": 0}, "must be at least 1; got 8 and 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1; got 0"),
+        ({"num_eval": 0}, "num_eval must be at least 1; got 0"),
         ({"shape": "cube"}, "shape must be 'image' or 'flat'; got 'cube'"),
     ],
 )
