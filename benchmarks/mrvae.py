@@ -205,7 +205,7 @@ def pythae_epoch() -> BenchmarkRow:
     timing = paired_ratio(ours, peer, repeats=7, warmup=1, clock=lambda: clock["seconds"])
     return timed_row(
         name, timing, peer_name="pythae BetaVAE", peer_version=version("pythae"), goal=1.0,
-        why=f"{epochs} epochs of 1,400 images with each package's own trainer, from the start of the training to its end",
+        why=f"{epochs} epochs of 1,400 images, each with its own trainer, from the start of the training to its end",
     )  # fmt: skip
 
 

@@ -61,8 +61,8 @@ figure, _ = metric.plot(curve.curve)
 # %%
 # Use it
 # ------
-# Reconstruct at any beta, sample, ask for the beta that spends a given number of nats, or fold the gates away and deploy
-# an ordinary network.
+# Reconstruct at any beta, sample, ask for the beta that spends a given number of nats, or fold the gates away and
+# deploy an ordinary network.
 
 data = DigitsDataModule()
 data.setup()
