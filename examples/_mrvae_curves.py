@@ -92,7 +92,7 @@ FRESH = {
     "none": Recipe("no gates", 3e-3, {"conditioning": "none", "beta_sampling": "sample"}),
 }
 DIGITS = {
-    "beta": Recipe("separate β-VAEs", 3e-3),
+    "beta": Recipe("separate β-VAEs, learning rate 3e-3", 3e-3),
     "slow": Recipe("separate β-VAEs, learning rate 1e-3", 1e-3),
     "mr": Recipe("one MR-VAE run", 5e-3, {"convert": {"init": "paper", "gate_heads": False}}),
 }

@@ -106,14 +106,16 @@ def linear(
     return figure
 
 
-def curves(result: Any, recipes: Mapping[str, Any], title: str, band: tuple[float, float, float, float]):
+def curves(
+    result: Any, recipes: Mapping[str, Any], title: str, bands: Sequence[tuple[float, float, float, float]]
+) -> Figure:
     """Rate-distortion curves of all seeds, and the gap to separate beta-VAEs at each beta.
 
     Args:
         result: The runs.
         recipes: Labels by kind.
         title: What the data are.
-        band: The criterion, ``(lowest beta, highest beta, lowest gap, highest gap)``.
+        bands: The criteria, ``(lowest beta, highest beta, lowest gap, highest gap)``.
     """
     with _panels((1.15, 1.0)) as (figure, (left, right)):
         _draw_curves(left, result, recipes)
@@ -122,12 +124,12 @@ def curves(result: Any, recipes: Mapping[str, Any], title: str, band: tuple[floa
         left.set_title(f"One run against one network per β\n{title}")
         left.legend(loc="upper right")
 
-        low, high, bottom, top = band
-        right.fill_between([low / 1.25, high * 1.25], bottom, top, color=COLOURS["mr"], alpha=0.09, lw=0)
+        for low, high, bottom, top in bands:
+            right.fill_between([low / 1.25, high * 1.25], bottom, top, color=COLOURS["mr"], alpha=0.09, lw=0)
         right.axhline(0, color=COLOURS["beta"], lw=1.6)
         right.annotate(
-            recipes["beta"].label, (0.02, 0), (0, -4), xycoords=("axes fraction", "data"),
-            textcoords="offset points", va="top", color=COLOURS["beta"], fontsize=9.5,
+            recipes["beta"].label, (0.02, 0), (0, 4), xycoords=("axes fraction", "data"),
+            textcoords="offset points", va="bottom", color=COLOURS["beta"], fontsize=9.5,
         )  # fmt: skip
         for kind in [*result.multi_rate, *(kind for kind in result.single_rate if kind != "beta")]:
             gaps = result.gaps_by_beta(kind)
@@ -164,10 +166,15 @@ def _draw_curves(axes: Axes, result: Any, recipes: Mapping[str, Any]) -> None:
                 point.rate, point.distortion, s=60, marker="X", color=COLOURS["none"], zorder=3, lw=0,
                 label=labels["none"],
             )  # fmt: skip
-    for beta, run in result.single_rate["beta"][result.seeds[0]].items():
+    baselines = result.single_rate["beta"][result.seeds[0]]
+    widest = max(run.points[beta].rate for beta, run in baselines.items())
+    for beta, run in baselines.items():
+        near_the_axis = run.points[beta].rate < 0.06 * widest
         axes.annotate(
-            f"β = {beta:g}", (run.points[beta].rate, run.points[beta].distortion), (-6, -4),
-            textcoords="offset points", ha="right", va="top", fontsize=9, color=COLOURS["beta"],
+            f"β = {beta:g}", (run.points[beta].rate, run.points[beta].distortion),
+            (8, 4) if near_the_axis else (-6, -4),
+            textcoords="offset points", ha="left" if near_the_axis else "right",
+            va="bottom" if near_the_axis else "top", fontsize=9, color=COLOURS["beta"],
         )  # fmt: skip
 
 
