@@ -1,10 +1,12 @@
 """The claims of MR-VAE and how each is checked here: ``lightning-ext reproduce mrvae``.
 
 Bae, Zhang, Ruan, Wang, Hasegawa, Ba, Grosse, *Multi-Rate VAE: Train Once, Get the Full Rate-Distortion Curve*, ICLR
-2023, arXiv 2212.03905. The criteria of A1-4, B1-3, C1-2 and D were fixed before the first run and never moved. A5, B4, B5
-and C3 were added after pilot runs, to say what those showed. Pilot runs also settled what no source gives: orthogonal
-initial weights in A, where random ones lose latents; in B and C annealed beta-VAEs with a learning rate of 3e-3, because
-at a constant beta of 5 they collapse. E has not been run in full yet.
+2023, arXiv 2212.03905.
+
+The criteria of A1-4, B1-3, C1-2 and D were fixed before the first run and never moved; A5, B4, B5 and C3 were added
+after pilot runs, to say what those showed. Pilot runs also settled what no source gives: orthogonal initial weights in
+A, where random ones lose latents, and in B and C annealed beta-VAEs with a learning rate of 3e-3, because at a constant
+beta of 5 they collapse. E has not been run in full yet.
 
 - A: linear VAEs with a known optimum (closed form, no sampling).
 - B: fresh synthetic binary data, where nothing can be overfitted.
