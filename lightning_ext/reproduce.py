@@ -152,8 +152,17 @@ def _table() -> TextTable:
 
 def _cells(row: Mapping[str, Any]) -> list[object]:
     ours = row.get("error") or format_cell(row["ours"])
-    spread = f" ± {format_cell(row['spread'])}" if row["spread"] is not None else ""
-    return [row["claim"], row["paper"], row["criterion"], ours + spread, row["passed"], f"{row['seconds']:.1f}"]
+    spread = row["spread"]
+    if spread is not None:
+        spread = f" ({spread})" if isinstance(spread, str) else f" ± {format_cell(spread)}"
+    return [
+        row["claim"],
+        row["paper"],
+        row["criterion"],
+        f"{ours}{spread or ''}",
+        row["passed"],
+        f"{row['seconds']:.1f}",
+    ]
 
 
 def reproduce(

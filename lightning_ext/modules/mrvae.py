@@ -184,7 +184,7 @@ class MultiRateMixin(AddressedNoise):
         values = {"loss": losses, "rate": terms.rate.detach(), "distortion": terms.distortion.detach()}
         averages = {f"{stage}/{name}": value.mean() for name, value in values.items()}
         self.log_dict(averages, batch_size=len(betas), sync_dist=stage != "train")
-        if stage == "train":
+        if stage == "train" and self._is_logging_step:
             self._log_by_beta(losses, betas)
 
     def _log_by_beta(self, losses: Tensor, betas: Tensor) -> None:

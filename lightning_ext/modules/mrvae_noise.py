@@ -67,11 +67,16 @@ class AddressedNoise(LightningModule):
         super().on_load_checkpoint(checkpoint)
         self.seed = checkpoint.get("lightning_ext_seed", self.seed)
 
+    # One call of self.log costs about a tenth of a small network's step, and Lightning passes on every n-th only.
+
+    @property
+    def _is_logging_step(self) -> bool:
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        return every > 0 and (self.trainer.global_step + 1) % every == 0
+
     @property
     def _logs_now(self) -> bool:
-        # One call of self.log costs about a tenth of a small network's step, and Lightning passes on every n-th only.
-        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        return self.trainer.is_last_batch or (every > 0 and (self.trainer.global_step + 1) % every == 0)
+        return self._is_logging_step or bool(self.trainer.is_last_batch)
 
     @property
     def _rank(self) -> int:
