@@ -72,7 +72,7 @@ def train(args: Sequence[str]) -> None:
         )
     except ArgumentError as error:
         raise UserError(f"{args[0]}: {error} (see: lightning-ext {args[0]} --help)") from error
-    except (MisconfigurationException, FileNotFoundError) as error:
+    except (MisconfigurationException, FileNotFoundError, NotADirectoryError, PermissionError) as error:
         raise UserError(str(error)) from error
     except (TypeError, ValueError, RuntimeError) as error:
         message = _own_message(error)

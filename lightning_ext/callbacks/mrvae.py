@@ -4,6 +4,7 @@ Source: Bae et al., *Multi-Rate VAE*, ICLR 2023, arXiv 2212.03905, sections 4.2 
 """
 
 import csv
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from lightning_utilities.core.imports import RequirementCache
 from torch import Tensor
 
 from lightning_ext._lightning import Callback, LightningModule, MisconfigurationException, Trainer, pl
+from lightning_ext.callbacks._quiet import quietly
 from lightning_ext.functional.counter_rng import fold_in
 from lightning_ext.functional.mrvae import kl_weight
 from lightning_ext.metrics import RateDistortionCurve
@@ -71,7 +73,8 @@ class RateDistortionCallback(Callback):
         save_csv: bool = True,
         baselines: dict[str, list[list[float]]] | None = None,
     ) -> None:
-        if num_betas < 2:
+        if num_betas < 2 or (betas is not None and len(betas) < 2):
+            num_betas = num_betas if betas is None else len(betas)
             raise ValueError(f"num_betas must be at least 2, a curve needs two points; got {num_betas}.")
         if every_n_epochs < 1:
             raise ValueError(f"every_n_epochs must be at least 1; got {every_n_epochs}.")
@@ -99,6 +102,11 @@ class RateDistortionCallback(Callback):
                 f"RateDistortionCallback needs a MultiRateVAE or a module with MultiRateMixin; got "
                 f"{type(pl_module).__name__}. A single-rate VAE has no curve: it logs val/rate and val/distortion."
             )
+        if pl_module.beta_prior.low == pl_module.beta_prior.high:
+            raise MisconfigurationException(
+                f"RateDistortionCallback needs a range of beta; this module has the single value "
+                f"{pl_module.beta_prior.low:g}."
+            )
         metric = self._new_metric(pl_module)  # checks betas and intervals before the training starts
         for beta in metric.betas:
             with pl_module.at(float(beta)):
@@ -117,14 +125,14 @@ class RateDistortionCallback(Callback):
         dataloader_idx: int = 0,
     ) -> None:  # fmt: skip
         """Evaluate the batch at every beta."""
-        self._sweep(pl_module, batch, batch_idx)
+        self._sweep(trainer, pl_module, batch, batch_idx)
 
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:  # fmt: skip
         """Evaluate the batch at every beta."""
-        self._sweep(pl_module, batch, batch_idx)
+        self._sweep(trainer, pl_module, batch, batch_idx)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compute, log and save the curve."""
@@ -155,12 +163,12 @@ class RateDistortionCallback(Callback):
         latent_dim = getattr(pl_module, "latent_dim", None)
         return RateDistortionCurve(betas, latent_dim, self.reference_point, self.rate_interval)
 
-    def _sweep(self, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def _sweep(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._metric is None:
             return
         assert isinstance(pl_module, MultiRateMixin)
-        devices = [pl_module.device] if pl_module.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices), torch.no_grad():
+        precision = trainer.strategy.precision_plugin
+        with quietly(pl_module), torch.no_grad(), precision.val_step_context():
             for index, beta in enumerate(self._metric.betas):
                 # The same noise at every beta: differences along the curve are then differences of beta.
                 torch.manual_seed(fold_in(0, batch_idx))
@@ -176,8 +184,11 @@ class RateDistortionCallback(Callback):
         curve = {name: value.detach().cpu() for name, value in self._metric.compute().items()}
         self.curve, metric = curve, self._metric
         self._metric = None
+        values = _summary(curve)
+        if getattr(pl_module, "objective", None) == "tcvae":
+            del values["slope_error"]  # there beta is not the slope of distortion over rate
         pl_module.log_dict(
-            {f"mrvae/{name}": value.to(pl_module.device) for name, value in _summary(curve).items()}, sync_dist=True
+            {f"mrvae/{name}": value.to(pl_module.device) for name, value in values.items()}, sync_dist=True
         )
         log_dir = trainer.log_dir  # a collective: asked for on every rank
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -228,11 +239,14 @@ def _summary(curve: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _write_curve(curve: Mapping[str, Tensor], path: Path) -> None:
     """Write the columns of a curve that have one value per beta as CSV."""
     columns = {name: value.tolist() for name, value in curve.items() if value.dim() == 1}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(columns)
-        writer.writerows(zip(*columns.values(), strict=True))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(columns)
+            writer.writerows(zip(*columns.values(), strict=True))
+    except OSError as error:  # a training must not end for a table that the callback still holds
+        pl.utilities.rank_zero_warn(f"the rate-distortion curve could not be written to {path}: {error}")
 
 
 def _refuse_sharded_parameters(trainer: Trainer, name: str) -> None:
@@ -328,6 +342,11 @@ class KLSchedule(Callback):
         if self.interval == "step":
             self._set_and_log(trainer, pl_module)
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """End a hold, also one that the training did not outlast."""
+        if self.schedule == "hold":
+            setattr(pl_module, self.attribute, None)
+
     def value(self, progress: float) -> float | None:
         """Weight at a progress in [0, 1); ``None`` when a hold is over."""
         if self.schedule == "hold":
@@ -343,10 +362,17 @@ class KLSchedule(Callback):
         steps = trainer.max_steps if trainer.max_steps > 0 else trainer.max_epochs
         return None if steps is None or steps < 1 else float(steps)
 
+    def _epochs(self, trainer: Trainer) -> float:
+        epochs = self._total(trainer) or 1.0
+        if trainer.max_steps < 1:
+            return epochs
+        steps_per_epoch = float(trainer.num_training_batches) / trainer.accumulate_grad_batches
+        return min(epochs, max(1.0, math.ceil(trainer.max_steps / steps_per_epoch)))
+
     def _set(self, trainer: Trainer, pl_module: LightningModule) -> float | None:
         by_step = self.interval == "step"
         position = trainer.global_step if by_step else trainer.current_epoch
-        total = trainer.estimated_stepping_batches if by_step else self._total(trainer)
+        total = trainer.estimated_stepping_batches if by_step else self._epochs(trainer)
         weight = self.value(position / float(total or 1))
         setattr(pl_module, self.attribute, weight)
         return weight

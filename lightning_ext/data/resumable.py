@@ -69,11 +69,20 @@ class ResumableLoader(DataLoader[Any]):
                 yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """How many batches of the epoch were handed out."""
-        return {"position": self._position}
+        """How many batches of the epoch were handed out, and how many there are."""
+        return {"position": self._position, "batches": len(self)}
 
     def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
-        """Skip as many batches in the next epoch."""
+        """Skip as many batches in the next epoch.
+
+        Raises:
+            ValueError: the epoch had another number of batches, so their contents were others.
+        """
+        if state_dict["batches"] != len(self):
+            raise ValueError(
+                f"cannot resume inside an epoch of {state_dict['batches']} batches with a loader of {len(self)}: "
+                "use the batch size, the data and the number of processes of the interrupted run."
+            )
         self._skip = state_dict["position"] % max(1, len(self))
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_ext._lightning import pl
+from lightning_ext._lightning import pl, submodule
 from lightning_ext.functional.mrvae_curve import beta_for_rate
 from lightning_ext.modules.mrvae_base import BaseVAE, Distortion, Objective, RateDistortion
 from lightning_ext.modules.mrvae_noise import AddressedNoise
@@ -114,11 +114,17 @@ class MultiRateMixin(AddressedNoise):
             batch_idx: index of the batch.
         """
         if self.fixed_beta is not None and stage == "train":
+            if not self.beta_prior.low <= self.fixed_beta <= self.beta_prior.high:
+                raise ValueError(
+                    f"fixed_beta={self.fixed_beta:g} is outside the range [{self.beta_prior.low:g}, "
+                    f"{self.beta_prior.high:g}]."
+                )
             return torch.full((num,), float(self.fixed_beta), device=self.device)
         training = stage == "train"
         counters = (_BETA_STREAM, self.current_epoch if training else -1, batch_idx)
         rank, world = self._rank, self._world_size
-        if self.beta_sampling == "batch" and training:
+        # A beta-TCVAE is evaluated as it is trained: its batch estimate wants posteriors at one beta.
+        if self.beta_sampling == "batch" and (training or getattr(self, "objective", None) == "tcvae"):
             return self.beta_prior.sample(1, self.seed, *counters).expand(num).to(self.device)
         stratified = self.beta_sampling != "sample" or not training
         betas = self.beta_prior.sample(num, self.seed, *counters, stratified=stratified, rank=rank, world_size=world)
@@ -165,13 +171,13 @@ class MultiRateMixin(AddressedNoise):
         with self.rate_context.at_standardized(self.beta_prior.standardize(betas).unsqueeze(1)):
             yield
 
-    def _batch_size(self, batch: Any) -> int:
-        x = batch[0] if isinstance(batch, (tuple, list)) else batch
-        return len(x)
+    def get_batch_size(self, batch: Any) -> int:
+        """Samples in a batch; override it where Lightning's guess (first dimension of the first tensor) is wrong."""
+        return int(submodule("utilities.data").extract_batch_size(batch))
 
     def _multirate_step(self, stage: str, batch: Any, batch_idx: int) -> Tensor:
         self.set_address(stage, batch_idx)
-        betas = self.sample_betas(self._batch_size(batch), stage, batch_idx)
+        betas = self.sample_betas(self.get_batch_size(batch), stage, batch_idx)
         with self._at_unchecked(betas):
             terms = self.rate_distortion(batch)
         losses = terms.loss(betas)
@@ -284,6 +290,12 @@ class MultiRateVAE(MultiRateMixin, BaseVAE):
     ) -> None:
         if conditioning not in ("gate", "film", "concat", "none"):
             raise ValueError(f"conditioning must be 'gate', 'film', 'concat' or 'none'; got {conditioning!r}.")
+        if conditioning == "concat" and objective == "hierarchical":
+            raise ValueError("conditioning='concat' has no single latent to append beta to in a hierarchical VAE.")
+        if convert and conditioning not in ("gate", "film"):
+            raise ValueError(
+                f"convert={convert} has no effect with conditioning={conditioning!r}: nothing is converted."
+            )
         super().__init__(encoder, decoder, input_shape, distortion, objective, dataset_size, lr, warmup_fraction, seed)
         self.conditioning: Conditioning = conditioning
         self._set_prior(beta_range, beta_sampling)
@@ -351,5 +363,6 @@ class MultiRateVAE(MultiRateMixin, BaseVAE):
         t = self.rate_context.rows(self.rate_context.t, len(x)).to(x.dtype)
         return torch.cat((x, t.view(-1, *[1] * (x.dim() - 1)).expand(len(x), 1, *x.shape[2:])), dim=1)
 
-    def _batch_size(self, batch: Any) -> int:
+    def get_batch_size(self, batch: Any) -> int:
+        """Samples in a batch."""
         return len(self.get_input(batch))

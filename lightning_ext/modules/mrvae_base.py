@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ext._lightning import pl
+from lightning_ext.functional.counter_rng import seeded_generator
 from lightning_ext.functional.mrvae import (
     bernoulli_distortion,
     gaussian_distortion,
@@ -42,6 +43,15 @@ class RateDistortion:
     mu: Tensor | None = None
     weighted: Tensor | None = None
     fixed: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        terms = {"rate": self.rate, "distortion": self.distortion, "weighted": self.weighted, "fixed": self.fixed}
+        for name, term in terms.items():
+            if term is not None and (term.dim() != 1 or len(term) != len(self.rate)):
+                raise ValueError(
+                    f"{name} must hold one number per sample, shape ({len(self.rate)},); got {tuple(term.shape)}. Sum "
+                    "over everything but the batch."
+                )
 
     def loss(self, beta: float | Tensor) -> Tensor:
         """Per-sample loss ``(B,)``: the fixed part plus beta times the weighted part."""
@@ -106,7 +116,7 @@ class BaseVAE(AddressedNoise):
         self.objective: Objective = objective
         self.dataset_size = dataset_size
         self.lr, self.warmup_fraction = lr, warmup_fraction
-        self._seed = seed
+        self._seed, self._seed_was_given = seed, seed is not None
         self.latent_dim: int | None = None
 
     # -- what a subclass may override -------------------------------------------------------------------------------
@@ -130,7 +140,10 @@ class BaseVAE(AddressedNoise):
         raise NotImplementedError(f"{type(self).__name__} must implement loss(terms).")
 
     def configure_optimizers(self) -> Any:
-        """Adam with a linear warm-up and a cosine decay per step; override for anything else."""
+        """Adam with a linear warm-up and a cosine decay per step; override for anything else.
+
+        The schedule learns its length in ``on_train_start``: a subclass that overrides that hook calls ``super``.
+        """
         # The fused kernel unscales gradients by itself, which Lightning refuses to combine with clipping in fp16.
         fused = self.trainer.precision != "16-mixed" and self.device.type in ("cpu", "cuda")
         optimizer = torch.optim.Adam(self.parameters(), lr=self.lr, fused=fused)
@@ -243,8 +256,8 @@ class BaseVAE(AddressedNoise):
             raise RuntimeError("a hierarchical VAE has no single latent vector.")
         return self.latent_dim
 
-    def _hierarchical(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        reconstruction, groups = self.decoder(self.encoder(x), self.noise)
+    def _hierarchical(self, x: Tensor, noise: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
+        reconstruction, groups = self.decoder(self.encoder(x), noise or self.noise)
         return reconstruction_parameters(reconstruction), groups
 
     def _distortion(self, reconstruction: Tensor, x: Tensor) -> Tensor:
@@ -281,7 +294,6 @@ class BaseVAE(AddressedNoise):
         Raises:
             ValueError: the encoder's output does not split or the reconstruction does not have ``input_shape``.
         """
-        self._check_mean_reduction()
         like = next(self.parameters())
         x = like.new_zeros(2, *self.input_shape)
         modes = {module: module.training for module in self.modules()}
@@ -290,25 +302,42 @@ class BaseVAE(AddressedNoise):
         try:
             with torch.random.fork_rng(devices=devices):
                 if self.objective == "hierarchical":
-                    reconstruction = self._hierarchical(x)[0]
+                    reconstruction = self._hierarchical(x, torch.zeros_like)[0]
                 else:
                     mu, _ = self.encode(x)
+                    if mu.dim() != 2:
+                        raise ValueError(f"the latent code must have shape (B, k); got {tuple(mu.shape)}: flatten it.")
                     reconstruction, self.latent_dim = self.decode(mu), mu.shape[1]
         finally:
             for module, mode in modes.items():
                 module.training = mode
-        if reconstruction.shape != x.shape:
+        if reconstruction.shape != x.shape and isinstance(self.distortion, str):
             raise ValueError(
                 f"the decoder returned shape {tuple(reconstruction.shape[1:])} for input_shape={self.input_shape}; the "
                 "two must be equal."
             )
+        if reconstruction.shape == x.shape:
+            self._check_mean_reduction()
+        self._check_logits()
+
+    def _check_logits(self) -> None:
+        if self.distortion != "bernoulli_logits" or self.latent_dim is None:
+            return
+        like = next(self.parameters())
+        far = 100.0 * torch.randn(16, self.latent_dim, generator=seeded_generator(0))
+        low, high = torch.aminmax(self.decode(far.to(like)))
+        if 0.0 <= float(low) < float(high) <= 1.0:
+            pl.utilities.rank_zero_warn(
+                "the decoder's outputs stay in [0, 1], so they look like probabilities: take off its sigmoid, or use "
+                "distortion='bernoulli'."
+            )
 
     def _check_mean_reduction(self) -> None:
-        if not callable(self.distortion) or math.prod(self.input_shape) < 8:
+        if not callable(self.distortion) or math.prod(self.input_shape) < 16:
             return
         ones = torch.ones(1, *self.input_shape)
-        # An error of 1 in every pixel costs a sum at least half a nat per pixel, and a mean at most one in all.
-        if 0.0 < float(self.distortion(torch.zeros_like(ones), ones).sum()) <= 1.001:
+        # An error of 1/2 in every pixel costs a sum at least 1/8 per pixel, and a mean less than one in all.
+        if 0.0 < float(self.distortion(0.5 * ones, ones).sum()) <= 1.001:
             pl.utilities.rank_zero_warn(
                 "distortion seems to average over pixels: the rate is then overweighted by their number and the "
                 "posterior collapses. Sum over pixels."

@@ -21,6 +21,7 @@ class AddressedNoise(LightningModule):
     """
 
     _seed: int | None = None
+    _seed_was_given = False
     _address = (0, 0, 0)
     _draws = 0
 
@@ -63,9 +64,10 @@ class AddressedNoise(LightningModule):
         checkpoint["lightning_ext_seed"] = self.seed
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up the seed of the run that wrote the checkpoint."""
+        """Take up the seed of the run that wrote the checkpoint, unless the constructor was given one."""
         super().on_load_checkpoint(checkpoint)
-        self.seed = checkpoint.get("lightning_ext_seed", self.seed)
+        if not self._seed_was_given:
+            self.seed = checkpoint.get("lightning_ext_seed", self.seed)
 
     # One call of self.log costs about a tenth of a small network's step, and Lightning passes on every n-th only.
 

@@ -163,7 +163,7 @@ class RateContext:
             ValueError: beta is not positive and finite, lies outside the range, or is not a number or ``(B,)``.
         """
         beta = torch.as_tensor(beta)
-        if beta.dim() > 1:
+        if beta.dim() > 1 or beta.numel() == 0:
             raise ValueError(f"beta must be a number or have shape (B,); got shape {tuple(beta.shape)}.")
         self._check(beta, extrapolate)
         with self.at_standardized(self.prior.standardize(beta.double()).float().reshape(-1, 1), num_samples):

@@ -196,6 +196,13 @@ def _check_unconverted(*networks: nn.Module) -> None:
                 raise ValueError(f"the network is multi-rate already (layer {name!r}); convert an ordinary one.")
 
 
+def _normalises_each_channel(norm: nn.Module) -> bool:
+    """Whether the norm sees one channel of one sample at a time, and so divides any gate before it out again."""
+    if isinstance(norm, nn.GroupNorm):
+        return norm.num_groups == norm.num_channels
+    return isinstance(norm, nn.modules.instancenorm._InstanceNorm)
+
+
 class _Planner:
     """Collects where conditioners go before anything is changed, so that an error leaves the networks untouched."""
 
@@ -205,6 +212,7 @@ class _Planner:
         self.selected = selected
         self.places: dict[nn.Module, RateConditioner] = {}
         self.before_norm: list[str] = []
+        self.cancelled: list[str] = []
 
     def gate(self, calls: list[_Call], left_alone: list[_Call], is_encoder: bool) -> None:
         untouched = {call.module for call in left_alone}
@@ -218,8 +226,11 @@ class _Planner:
         norm = next((c for c in calls if isinstance(c.module, _NORMS) and c.input_memory == call.output_memory), None)
         if norm is None:
             return call.module
-        if self.layout != "paper":
+        over_space = isinstance(norm.module, nn.LayerNorm) and len(norm.module.normalized_shape) > 1
+        if self.layout != "paper" and not over_space:
             return norm.module
+        if _normalises_each_channel(norm.module):
+            self.cancelled.append(call.name)
         if isinstance(norm.module, _BATCH_NORMS):
             self.before_norm.append(call.name)
         return call.module
@@ -320,7 +331,7 @@ def convert_to_multirate(
     heads = [] if hierarchical else _heads(encoder_calls, posterior, needs_heads)
     planner.gate(encoder_calls, [] if gate_heads and layout == "paper" else heads, is_encoder=True)
     planner.gate(decoder_calls, _untouched_decoder_layers(decoder_calls, layout, gate_output), is_encoder=False)
-    if log_variance == "add":
+    if log_variance == "add" and planner.selected(heads[1].name):
         planner.shift_log_variance(heads[0].module, heads[1].module, context)
     if layout == "table1":
         planner.condition_batch_norms(context, init)
@@ -329,7 +340,7 @@ def convert_to_multirate(
             "no layer matched: convert_to_multirate gates Linear, Conv1-3d and ConvTranspose1-3d layers that the "
             f"forward pass runs through; include={list(include)}, exclude={list(exclude)}."
         )
-    _warn(encoder, decoder, planner.before_norm if one_beta_per_batch else [])
+    _warn(encoder, decoder, planner.before_norm if one_beta_per_batch else [], planner.cancelled)
     names = {module: name for name, module in nn.ModuleDict({"encoder": encoder, "decoder": decoder}).named_modules()}
     for module, conditioner in planner.places.items():
         _attach(module, conditioner)
@@ -344,7 +355,7 @@ def _untouched_decoder_layers(calls: list[_Call], layout: Layout, gate_output: b
     return untouched
 
 
-def _warn(encoder: nn.Module, decoder: nn.Module, before_norm: list[str]) -> None:
+def _warn(encoder: nn.Module, decoder: nn.Module, before_norm: list[str], cancelled: list[str]) -> None:
     for side, network in (("encoder", encoder), ("decoder", decoder)):
         names = [name or side for name, module in network.named_modules() if isinstance(module, _UNMATCHED)]
         if names:
@@ -353,6 +364,12 @@ def _warn(encoder: nn.Module, decoder: nn.Module, before_norm: list[str]) -> Non
                 "every beta.",
                 stacklevel=3,
             )
+    if cancelled:
+        warnings.warn(
+            f"an InstanceNorm (or a GroupNorm of single channels) follows the gates of {', '.join(cancelled)} and "
+            "divides them out again: use layout='public' (gate after the norm).",
+            stacklevel=3,
+        )
     if before_norm:
         warnings.warn(
             f"a BatchNorm follows the gates of {', '.join(before_norm)}: with one beta per batch it divides them out "

@@ -65,17 +65,17 @@ def _absorb(module: nn.Module, scale: Tensor | None, shift: Tensor | None) -> No
         if isinstance(module, _TRANSPOSED):
             groups = int(module.groups)
             per_group = weight.view(groups, -1, *weight.shape[1:])
-            weight.copy_((per_group * _trailing(factor.view(groups, 1, -1), per_group)).flatten(0, 1))
+            scaled = (per_group * _trailing(factor.view(groups, 1, -1), per_group)).flatten(0, 1)
         else:
-            weight.mul_(_trailing(factor, weight))
+            scaled = weight * _trailing(factor, weight)
+        # New parameters: a weight that two layers share is scaled for each of them.
+        module.weight = nn.Parameter(scaled)
         if bias is not None:
-            bias.mul_(factor)
+            bias = bias * factor
     if shift is not None:
-        shift = shift.to(weight.dtype)
-        if bias is None:
-            module.bias = nn.Parameter(shift.clone())
-        else:
-            bias.add_(shift)
+        bias = shift.to(weight.dtype) + (0.0 if bias is None else bias)
+    if bias is not None:
+        module.bias = nn.Parameter(bias)
 
 
 def _trailing(values: Tensor, like: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ Source: Bae et al., *Multi-Rate VAE*, ICLR 2023, arXiv 2212.03905, sections 3 an
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -73,11 +73,6 @@ class RateConditioner(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} must implement coefficients(t).")
 
-    def condition_output(self, features: Tensor) -> Tensor:
-        """What the hook of a converted layer calls: as ``forward``, but free to overwrite ``features``."""
-        conditioned: Tensor = self(features)
-        return conditioned
-
     def forward(self, features: Tensor) -> Tensor:
         """Apply the affine map of the current beta.
 
@@ -86,7 +81,15 @@ class RateConditioner(nn.Module):
 
         Returns:
             The same shape and dtype.
+
+        Raises:
+            ValueError: the features do not have ``C`` channels where they should.
         """
+        if features.dim() < 2 or features.shape[self.channel_dim] != self.num_features:
+            raise ValueError(
+                f"expected a batch with {self.num_features} channels in dimension {self.channel_dim}; got shape "
+                f"{tuple(features.shape)}. A single sample needs a batch dimension of 1."
+            )
         scale, shift = self.coefficients(self.context.t.to(features.device))
         if scale is not None:
             features = features * self._fit(scale, features)
@@ -107,32 +110,12 @@ class RateConditioner(nn.Module):
 
 def _affine(t: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     # Elementwise on purpose: autocast leaves it in float32, a matrix product it would cast.
-    if weight.dtype in (torch.float16, torch.bfloat16):
-        weight, bias = weight.float(), bias.float()
+    weight, bias = _wide(weight), _wide(bias)
     return torch.addcmul(bias, t.to(weight.dtype), weight)
 
 
-class _GatedProduct(torch.autograd.Function):
-    """``features * gate`` written over ``features``; backpropagation recovers what it needs from the product.
-
-    The gradient of the gate is the sum of ``grad * features = grad * product / gate`` over space. Where the gate is 0
-    the features are lost and the gradient is taken as 0, which is right because a closed gate has derivative 0.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, features: Tensor, gate: Tensor) -> Tensor:
-        features.mul_(gate)
-        ctx.mark_dirty(features)
-        ctx.save_for_backward(features, gate)
-        return features
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        product, gate = ctx.saved_tensors
-        # As a batched dot product: a product and a sum would write another tensor as large as the features.
-        total = torch.einsum("bcs,bcs->bc", grads[0].flatten(2), product.flatten(2)).view_as(gate)
-        closed = (gate.detach() == 0).to(gate.dtype)
-        return grads[0] * gate, total * (1.0 - closed) / (gate + closed)
+def _wide(parameter: Tensor) -> Tensor:
+    return parameter.float() if parameter.dtype in (torch.float16, torch.bfloat16) else parameter
 
 
 class RateGate(RateConditioner):
@@ -145,12 +128,12 @@ class RateGate(RateConditioner):
         context: where beta is read from.
         channel_dim: 1 for convolutions, -1 for linear layers.
         activation: ``"sigmoid"`` (the paper's encoder), ``"sqrt"`` (its decoder) or ``"two_sigmoid"``.
-        init: ``"identity"`` starts as exactly 1 for every beta, so a pretrained network is unchanged until training
-            moves the gates; ``"paper"`` draws ``w, c ~ U(-1, 1)``, which with ``"sqrt"`` switches 14.4 % of the
-            channels off for every beta in the range, for ever (their gradient is 0).
+        init: ``"identity"`` starts as 1 for every beta (exactly, on a CPU), so a pretrained network is unchanged until
+            training moves the gates; ``"paper"`` draws ``w, c ~ U(-1, 1)``, which with ``"sqrt"`` switches 14.4 % of
+            the channels off for every beta in the range, for ever (their gradient is 0).
 
     Gate arithmetic is float32 under autocast and in half-precision models. Cost: two numbers per channel and one
-    multiplication per activation; backpropagation keeps the gated activation besides what the next layer keeps.
+    multiplication per activation; backpropagation keeps the un-gated activation.
 
     >>> from lightning_ext.nn import LogUniformBeta
     >>> gate = RateGate(3, RateContext(LogUniformBeta()), activation="sqrt")
@@ -191,17 +174,6 @@ class RateGate(RateConditioner):
         x = _affine(t, self.weight, self.bias)
         gain = _IDENTITY_GAIN[x.dtype][self.activation] if self.init == "identity" else 1.0
         return gate_activation(x, self.activation, gain), None
-
-    def condition_output(self, features: Tensor) -> Tensor:
-        """Gate a convolution in place: where activations are large, another tensor costs more than the product."""
-        transformed = torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling()
-        if features.dim() == 2 or self.channel_dim != 1 or transformed:
-            return super().condition_output(features)
-        gate, _ = self.coefficients(self.context.t.to(features.device))
-        assert gate is not None
-        gate = self._fit(gate, features).expand(len(features), *[-1] * (features.dim() - 1))
-        product: Tensor = _GatedProduct.apply(features, gate)  # type: ignore[no-untyped-call]
-        return product
 
     def extra_repr(self) -> str:
         """What ``repr`` shows."""
@@ -246,8 +218,16 @@ class RateFiLM(RateConditioner):
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and shift, each ``(B, C)``."""
         with torch.autocast(t.device.type, enabled=False):
-            t = t.to(next(self.parameters()).dtype)
-            return 1.0 + self.scale(t), self.shift(t)
+            return 1.0 + self._run(self.scale, t), self._run(self.shift, t)
+
+    @staticmethod
+    def _run(network: nn.Sequential, t: Tensor) -> Tensor:
+        first, _, last = network
+        assert isinstance(first, nn.Linear)
+        assert isinstance(last, nn.Linear)
+        weights = [_wide(p) for layer in (first, last) for p in (layer.weight, layer.bias)]
+        hidden = F.relu(F.linear(t.to(weights[0].dtype), weights[0], weights[1]))
+        return F.linear(hidden, weights[2], weights[3])
 
 
 class LogVarianceGate(RateConditioner):
@@ -332,6 +312,5 @@ class GatedFiLM(RateConditioner):
 
 def apply_conditioner(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
     """Forward hook of a converted layer: a function of this module, so that converted networks pickle."""
-    conditioner = module.rate_gate
-    assert isinstance(conditioner, RateConditioner)
-    return conditioner.condition_output(output)
+    conditioned: Tensor = module.rate_gate(output)  # type: ignore[operator]
+    return conditioned

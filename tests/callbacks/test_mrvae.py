@@ -393,10 +393,38 @@ def test_bad_arguments_are_named():
 
 
 def test_betas_that_are_no_grid_are_refused_before_training():
-    for betas, message in (([1.0, 0.1], "ascending"), ([], "non-empty")):
-        callback = RateDistortionCallback(betas=betas)
-        with pytest.raises(ValueError, match=message):
-            callback.setup(types.SimpleNamespace(strategy=None), multi_rate(), "fit")
+    with pytest.raises(ValueError, match="ascending"):
+        RateDistortionCallback(betas=[1.0, 0.1]).setup(types.SimpleNamespace(strategy=None), multi_rate(), "fit")
+    for betas in ([], [0.5]):
+        with pytest.raises(ValueError, match="a curve needs two points"):
+            RateDistortionCallback(betas=betas)
+    single = multi_rate(beta_range=(0.5, 0.5))
+    with pytest.raises(MisconfigurationException, match="needs a range of beta"):
+        RateDistortionCallback().setup(types.SimpleNamespace(strategy=None), single, "fit")
+
+
+def test_a_module_that_logs_in_its_terms_keeps_its_own_values():
+    class Logs(MultiRateVAE):
+        def rate_distortion(self, batch):
+            terms = super().rate_distortion(batch)
+            self.log("my_rate", terms.rate.mean())
+            return terms
+
+    def run(*callbacks):
+        torch.manual_seed(0)
+        model = multi_rate(Logs)
+        return Trainer(callbacks=list(callbacks), **QUIET).validate(model, loader(), verbose=False)[0]["my_rate"]
+
+    assert run(RateDistortionCallback(betas=BETAS)) == run()
+
+
+def test_an_unwritable_folder_costs_a_warning_not_the_training(tmp_path):
+    (tmp_path / "file").write_text("")
+    callback = RateDistortionCallback(betas=BETAS, log_figure=False)
+    options = {**QUIET, "default_root_dir": str(tmp_path / "file" / "below")}
+    with pytest.warns(UserWarning, match="could not be written"):
+        Trainer(callbacks=[callback], **options).validate(multi_rate(), loader(), verbose=False)
+    assert callback.curve is not None
 
 
 # -- KLSchedule -------------------------------------------------------------------------------------------------------
@@ -513,5 +541,39 @@ def test_two_schedules_of_two_attributes_stand_side_by_side():
     model = multi_rate()
     model.other = 0.0
     callbacks = [KLSchedule("constant", attribute="other"), KLSchedule("hold", target=0.05, attribute="fixed_beta")]
+    seen = []
+    watch = types.SimpleNamespace()
+    watch.training_step, model.training_step = (
+        model.training_step,
+        lambda *a: (
+            seen.append(model.fixed_beta),
+            watch.training_step(*a),
+        )[1],
+    )
     Trainer(callbacks=callbacks, max_epochs=1, **QUIET).fit(model, loader())
-    assert (model.other, model.fixed_beta) == (1.0, 0.05)
+    assert set(seen) == {0.05}
+    assert (model.other, model.fixed_beta) == (1.0, None)  # a hold that the training did not outlast is over too
+
+
+def test_epochs_are_counted_to_the_limit_that_comes_first():
+    class Watch(Callback):
+        def __init__(self):
+            self.seen = []
+
+        def on_train_epoch_end(self, trainer, pl_module):
+            self.seen.append(pl_module.beta)
+
+    watch = Watch()
+    model = BetaVAE(MLPEncoder([6], [5], 2), MLPDecoder(2, [5], [6]), input_shape=[6], distortion="gaussian")
+    batches = len(loader())
+    schedule = KLSchedule("monotonic", warmup_fraction=0.5)
+    options = {**QUIET, "max_epochs": 1000, "max_steps": 4 * batches}
+    Trainer(callbacks=[schedule, watch], **options).fit(model, loader())
+    assert watch.seen == [0.0, 0.5, 1.0, 1.0]
+
+
+def test_a_beta_outside_the_range_is_not_trained():
+    for target in (0.0, 100.0):
+        schedule = KLSchedule("constant", target=target, attribute="fixed_beta")
+        with pytest.raises(ValueError, match=r"fixed_beta=.* is outside the range"):
+            Trainer(callbacks=[schedule], max_epochs=1, **QUIET).fit(multi_rate(), loader())

@@ -72,3 +72,9 @@ def test_two_processes_share_the_data(tmp_path):
     seen = [[int(v) for v in (tmp_path / f"rank{rank}.txt").read_text().split()] for rank in (0, 1)]
     assert sorted(seen[0] + seen[1]) == list(range(8))
     assert len(seen[0]) == len(seen[1]) == 4
+
+
+def test_another_number_of_batches_is_refused():
+    state = ResumableLoader(torch.arange(12), batch_size=4).state_dict()
+    with pytest.raises(ValueError, match="inside an epoch of 3 batches with a loader of 6"):
+        ResumableLoader(torch.arange(12), batch_size=2).load_state_dict(state)

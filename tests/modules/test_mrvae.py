@@ -692,3 +692,30 @@ def test_what_does_not_take_betas_into_account_is_not_changed():
     model.sample_betas(4, "train", 0)
     model.at_beta(0.3).sample(3)
     assert torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_a_batch_that_is_a_dictionary_still_gets_one_beta_per_sample():
+    class Mine(MultiRateMixin):
+        def __init__(self):
+            super().__init__()
+            self.encoder, self.decoder = MLPEncoder([4], [5], 2), MLPDecoder(2, [5], [4])
+            self.make_multirate(self.encoder, self.decoder, input_shape=[4])
+
+        def rate_distortion(self, batch):
+            mu, logvar = self.encoder(batch["x"])
+            assert self.rate_context.t.shape == (8, 1)
+            return RateDistortion((mu.square() + logvar.exp()).sum(1), (self.decoder(mu) - batch["x"]).square().sum(1))
+
+    assert Mine().get_batch_size({"x": torch.zeros(8, 4), "y": torch.zeros(8)}) == 8
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"conditioning": "none", "convert": {"layout": "public"}}, "has no effect with conditioning='none'"),
+        ({"conditioning": "concat", "objective": "hierarchical"}, "no single latent to append beta to"),
+    ],
+)
+def test_combinations_without_meaning_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        MultiRateVAE(MLPEncoder([4], [5], 2), MLPDecoder(2, [5], [4]), input_shape=[4], **options)

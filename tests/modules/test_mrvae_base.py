@@ -300,3 +300,39 @@ def test_hyperparameters_rebuild_the_model(tmp_path):
     )
     assert (loaded.beta, loaded.distortion, loaded.lr) == (0.3, "gaussian", 0.01)
     assert torch.equal(loaded(pixels()), model(pixels()))
+
+
+# -- shapes that would broadcast ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["rate", "distortion", "weighted", "fixed"])
+def test_terms_are_one_number_per_sample(name):
+    terms = {"rate": torch.zeros(3), "distortion": torch.zeros(3), name: torch.zeros(3, 1)}
+    with pytest.raises(ValueError, match="one number per sample"):
+        RateDistortion(**terms)
+
+
+def test_a_spatial_latent_code_is_refused():
+    encoder = torch.nn.Sequential(torch.nn.Unflatten(1, (6, 1, 1)), torch.nn.Conv2d(6, 4, 1))
+    with pytest.raises(ValueError, match=r"must have shape \(B, k\); got \(2, 2, 1, 1\)"):
+        BetaVAE(encoder, torch.nn.Flatten(), input_shape=[6])
+
+
+def test_a_sigmoid_before_logits_is_noticed():
+    decoder = torch.nn.Sequential(MLPDecoder(2, [5], [6]), torch.nn.Sigmoid())
+    with pytest.warns(UserWarning, match="look like probabilities"):
+        BetaVAE(MLPEncoder([6], [5], 2), decoder, input_shape=[6])
+
+
+def test_a_mean_of_cross_entropies_is_noticed():
+    def mean(y, x):
+        return torch.nn.functional.binary_cross_entropy(y.clamp(0, 1), x, reduction="none").mean(1)
+
+    with pytest.warns(UserWarning, match="average over pixels"):
+        BetaVAE(MLPEncoder([16], [5], 2), MLPDecoder(2, [5], [16]), input_shape=[16], distortion=mean)
+
+
+def test_a_seed_that_is_given_wins_over_the_checkpoint():
+    model = BetaVAE(MLPEncoder([6], [5], 2), MLPDecoder(2, [5], [6]), input_shape=[6], seed=7)
+    model.on_load_checkpoint({"lightning_ext_seed": 1})
+    assert model.seed == 7

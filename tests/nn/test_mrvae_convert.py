@@ -733,3 +733,30 @@ def test_pythae_networks_are_wrapped_unchanged():
         alone = posterior_parameters(encoder(x))[0][1:2]
         torch.testing.assert_close(mu[1:2], alone)
         torch.testing.assert_close(mixed[1:2], reconstruction_parameters(decoder(alone)))
+
+
+@pytest.mark.parametrize("norm", [torch.nn.InstanceNorm2d(3), torch.nn.GroupNorm(3, 3)])
+def test_a_norm_that_cancels_every_gate_is_named(norm):
+    encoder = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 3, 3, padding=1), norm, torch.nn.Flatten(), torch.nn.Linear(192, 4)
+    )
+    decoder = torch.nn.Sequential(torch.nn.Linear(2, 64), torch.nn.Unflatten(1, (1, 8, 8)))
+    with pytest.warns(UserWarning, match="follows the gates of 0 and divides them out"):
+        convert_to_multirate(encoder, decoder, new_context(), torch.zeros(2, 1, 8, 8))
+
+
+def test_a_norm_over_space_does_not_take_the_gate():
+    encoder = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 3, 3, padding=1), torch.nn.LayerNorm([3, 8, 8]), torch.nn.Flatten(), torch.nn.Linear(192, 4)
+    )
+    decoder = torch.nn.Sequential(torch.nn.Linear(2, 64), torch.nn.Unflatten(1, (1, 8, 8)))
+    names = convert_to_multirate(encoder, decoder, new_context(), torch.zeros(2, 1, 8, 8), layout="public")
+    assert names == ["encoder.0"]
+
+
+def test_an_excluded_log_variance_head_is_left_alone():
+    encoder, decoder = mlp()
+    names = convert_to_multirate(
+        encoder, decoder, new_context(), torch.zeros(2, 5), log_variance="add", exclude=["logvar"]
+    )
+    assert "encoder.logvar" not in names

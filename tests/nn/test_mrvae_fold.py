@@ -206,3 +206,16 @@ def test_what_cannot_absorb_a_gate_is_named(case):
     convert_to_multirate(encoder, decoder, new_context(), torch.zeros(2, 1, 8, 8), layout=layout)
     with pytest.raises(ValueError, match=r"(?s)cannot fold a gate into .*it has no plain weight to absorb it"):
         fold(encoder, 1.0)
+
+
+def test_tied_weights_fold_each_with_its_own_gate():
+    torch.manual_seed(0)
+    first, second = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+    second.weight = first.weight
+    encoder = torch.nn.Sequential(first, torch.nn.Tanh(), second)
+    context = new_context()
+    convert_to_multirate(encoder, torch.nn.Linear(2, 4), context, torch.zeros(2, 4), init="paper")
+    x = torch.randn(3, 4)
+    with context.at(0.2):
+        expected = encoder(x)
+    torch.testing.assert_close(fold(encoder, 0.2)(x), expected)

@@ -303,7 +303,7 @@ def test_betas_of_another_batch_are_refused(name):
         conditioner(torch.ones(3, 4))
 
 
-# -- the product in place ----------------------------------------------------------------------------------------------
+# -- convolutions ------------------------------------------------------------------------------------------------------
 
 
 def _convolution(activation, dtype=torch.float64):
@@ -313,46 +313,6 @@ def _convolution(activation, dtype=torch.float64):
     gate = RateGate(3, gate_context, activation=activation, init="paper").to(dtype)
     layer.add_module("rate_gate", gate)
     return layer, gate, gate_context
-
-
-@pytest.mark.parametrize("activation", ["sigmoid", "sqrt", "two_sigmoid"])
-def test_the_product_in_place_equals_the_plain_one_with_all_its_gradients(activation):
-    layer, gate, gate_context = _convolution(activation)
-    x = torch.randn(6, 2, 5, 5, dtype=torch.float64, requires_grad=True)
-    variables = [x, *layer.parameters()]
-
-    def run(condition):
-        with gate_context.at(torch.logspace(-2, 1, 6)):
-            loss = torch.relu(condition(layer(x))).pow(3).sum()
-        first = torch.autograd.grad(loss, variables, create_graph=True)
-        second = torch.autograd.grad(sum(g.square().sum() for g in first), variables)
-        return loss.detach(), [g.detach() for g in first], second
-
-    torch.testing.assert_close(run(gate.condition_output), run(gate), rtol=1e-10, atol=1e-10)
-
-
-def test_a_closed_gate_in_place_has_no_gradient_and_no_nan():
-    layer, gate, gate_context = _convolution("sqrt")
-    with torch.no_grad():
-        gate.weight.zero_()
-        gate.bias.copy_(torch.tensor([1.0, -1.0, 0.0]))
-    with gate_context.at(1.0):
-        gate.condition_output(layer(torch.randn(2, 2, 4, 4, dtype=torch.float64))).square().sum().backward()
-    closed = torch.tensor([True, False, True])
-    for parameter in (gate.weight, gate.bias, layer.bias):
-        assert torch.isfinite(parameter.grad).all()
-    assert torch.equal(gate.bias.grad == 0, closed)
-
-
-def test_calling_a_gate_leaves_its_input_alone_and_the_hook_spares_a_copy():
-    layer, gate, gate_context = _convolution("sigmoid", torch.float32)
-    features = layer(torch.randn(2, 2, 4, 4)).detach()
-    kept = features.clone()
-    with gate_context.at(1.0):
-        gate(features)
-        assert torch.equal(features, kept)
-        assert gate.condition_output(features).data_ptr() == features.data_ptr()
-        assert not torch.equal(features, kept)
 
 
 def test_func_transforms_reach_a_gated_convolution():
@@ -368,3 +328,27 @@ def test_func_transforms_reach_a_gated_convolution():
         each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(weights, x)
         layer(x).square().sum().backward()
     torch.testing.assert_close({k: v.sum(0) for k, v in each.items()}, {k: p.grad for k, p in layer.named_parameters()})
+
+
+@pytest.mark.parametrize("after", [torch.nn.ReLU(inplace=True), torch.nn.Hardtanh(inplace=True)])
+def test_a_layer_may_be_followed_by_an_operation_in_place(after):
+    layer, _, gate_context = _convolution("sigmoid")
+    layer.register_forward_hook(apply_conditioner)
+    kept = []
+    layer.register_forward_hook(lambda module, inputs, output: kept.append(output.detach().clone()))
+    with gate_context.at(0.5):
+        after(layer(torch.randn(2, 2, 4, 4, dtype=torch.float64))).square().sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in layer.parameters())
+
+
+def test_features_of_another_shape_are_refused():
+    gate = RateGate(3, context())
+    with gate.context.at(1.0), pytest.raises(ValueError, match=r"3 channels in dimension 1; got shape \(1, 6, 6\)"):
+        gate(torch.zeros(1, 6, 6))
+
+
+def test_film_computes_in_float32_in_a_half_precision_model():
+    film = RateFiLM(2, context(), init="paper").to(torch.bfloat16)
+    with film.context.at(0.3):
+        scale, shift = film.coefficients(film.context.t)
+    assert scale.dtype == shift.dtype == torch.float32
