@@ -6,6 +6,7 @@ Only the standard library is imported here; a sub-command imports what it needs 
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -187,7 +188,12 @@ def main(args: Sequence[str] | None = None) -> int:
     2
     """
     try:
-        return _dispatch(sys.argv[1:] if args is None else list(args))
+        code = _dispatch(sys.argv[1:] if args is None else list(args))
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # `lightning-ext list | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except UserError as error:
         return _fail(str(error))
     except ModuleNotFoundError as error:

@@ -319,3 +319,12 @@ def test_help_names_every_command_and_no_arguments_means_help(capsys):
     assert capsys.readouterr().out == text
     for name in ("fit", "validate", "test", "predict", "list", "recipe", "demo", "reproduce"):
         assert f"    {name}" in text
+
+
+def test_a_reader_that_leaves_early_is_no_error():
+    command = f"{sys.executable} -m lightning_ext.cli list | head -1"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0
+    assert "Traceback" not in done.stderr
+    assert "BrokenPipe" not in done.stderr
