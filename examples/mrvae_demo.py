@@ -143,7 +143,7 @@ def tile(output_dir: Path) -> Tile:
             f"397 held-out ones. Four separate beta-VAEs with the same network and {EPOCHS} epochs each took "
             f"{baseline_seconds:.0f} s and give four points.",
             f"One MR-VAE run costs {seconds / per_run:.2f} beta-VAE runs. All rates and distortions are in nats per "
-            f"image; the loss is D + beta R. The largest loss of MR-VAE against a beta-VAE here is {worst:+.2f} nats.",
+            f"image; the loss is D + beta R. At worst its loss is {worst:+.2f} nats from that of a beta-VAE.",
         ],
         tables=[Table(header, rows, f"held-out nats per image; MR-VAE took {seconds:.1f} s for all rows")],
         figures=[

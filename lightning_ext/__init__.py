@@ -1,4 +1,4 @@
-"""Ten papers as PyTorch Lightning components: attach a callback, subclass a module, log a metric.
+"""Research papers as PyTorch Lightning components: attach a callback, subclass a module, log a metric.
 
 >>> from lightning_ext.callbacks import RateDistortionCallback
 >>> from lightning_ext.metrics import RateDistortionCurve

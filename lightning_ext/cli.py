@@ -60,7 +60,7 @@ def _stems(ending: str) -> str:
 def _parser() -> _Parser:
     parser = _Parser(
         prog="lightning-ext",
-        description="Ten papers as PyTorch Lightning components.",
+        description="Research papers as PyTorch Lightning components.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

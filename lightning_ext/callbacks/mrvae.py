@@ -5,6 +5,7 @@ Source: Bae et al., *Multi-Rate VAE*, ICLR 2023, arXiv 2212.03905, sections 4.2 
 
 import csv
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -54,9 +55,9 @@ class RateDistortionCallback(Callback):
         MisconfigurationException: the module is not a :class:`lightning_ext.modules.MultiRateMixin`, or the strategy
             shards its parameters (FSDP, ModelParallel, DeepSpeed).
 
-    Logged: ``mrvae/auc``, ``mrvae/slope_error``, ``mrvae/hypervolume`` (with a reference point), ``mrvae/best_elbo``,
-    ``mrvae/beta_at_best_elbo`` and, where the module returns posterior means, ``mrvae/active_units`` (at the beta
-    nearest to 1).
+    Logged: ``mrvae/auc``, ``mrvae/slope_error`` (while the rate depends on beta; not for a beta-TCVAE),
+    ``mrvae/hypervolume`` (with a reference point), ``mrvae/best_elbo``, ``mrvae/beta_at_best_elbo`` and, where the
+    module has a ``latent_dim`` and returns posterior means, ``mrvae/active_units`` (at the beta nearest to 1).
 
     Cost: ``num_betas`` forward passes per evaluated batch, no memory that grows with the data. Distributed: sums are
     reduced over ranks; files and figures are written by rank 0.
@@ -181,12 +182,15 @@ class RateDistortionCallback(Callback):
     def _finish(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self._metric is None:
             return
-        curve = {name: value.detach().cpu() for name, value in self._metric.compute().items()}
+        with warnings.catch_warnings():
+            # Early in a training all latents are collapsed; the key is then left out below, which says it well enough.
+            warnings.filterwarnings("ignore", message=".*slope_error is NaN")
+            curve = {name: value.detach().cpu() for name, value in self._metric.compute().items()}
         self.curve, metric = curve, self._metric
         self._metric = None
         values = _summary(curve)
-        if getattr(pl_module, "objective", None) == "tcvae":
-            del values["slope_error"]  # there beta is not the slope of distortion over rate
+        if getattr(pl_module, "objective", None) == "tcvae" or values["slope_error"].isnan():
+            del values["slope_error"]  # with total correlation beta is no slope; with a flat rate there is none
         pl_module.log_dict(
             {f"mrvae/{name}": value.to(pl_module.device) for name, value in values.items()}, sync_dist=True
         )

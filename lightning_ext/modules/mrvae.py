@@ -176,10 +176,16 @@ class MultiRateMixin(AddressedNoise):
         return int(submodule("utilities.data").extract_batch_size(batch))
 
     def _multirate_step(self, stage: str, batch: Any, batch_idx: int) -> Tensor:
+        if not hasattr(self, "beta_prior"):
+            raise RuntimeError(f"{type(self).__name__} is not multi-rate yet: call make_multirate(...) in __init__.")
         self.set_address(stage, batch_idx)
         betas = self.sample_betas(self.get_batch_size(batch), stage, batch_idx)
         with self._at_unchecked(betas):
             terms = self.rate_distortion(batch)
+        if not isinstance(terms, RateDistortion):
+            raise TypeError(
+                f"rate_distortion(batch) must return a RateDistortion(rate, distortion); got {type(terms).__name__}."
+            )
         losses = terms.loss(betas)
         loss = losses.mean()
         if stage != "train" or self._logs_now:

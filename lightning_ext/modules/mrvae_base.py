@@ -45,6 +45,11 @@ class RateDistortion:
     fixed: Tensor | None = None
 
     def __post_init__(self) -> None:
+        if self.rate.dim() != 1:
+            raise ValueError(
+                f"rate must hold one number per sample, shape (B,); got {tuple(self.rate.shape)}. Sum over everything "
+                "but the batch, and leave the average over the batch to the module."
+            )
         terms = {"rate": self.rate, "distortion": self.distortion, "weighted": self.weighted, "fixed": self.fixed}
         for name, term in terms.items():
             if term is not None and (term.dim() != 1 or len(term) != len(self.rate)):

@@ -719,3 +719,32 @@ def test_a_batch_that_is_a_dictionary_still_gets_one_beta_per_sample():
 def test_combinations_without_meaning_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         MultiRateVAE(MLPEncoder([4], [5], 2), MLPDecoder(2, [5], [4]), input_shape=[4], **options)
+
+
+@pytest.mark.parametrize(
+    ("terms", "error", "message"),
+    [
+        (lambda r: RateDistortion(r.mean(), r.mean()), ValueError, r"shape \(B,\); got \(\)"),
+        (lambda r: (r, r), TypeError, "must return a RateDistortion.*got tuple"),
+    ],
+)
+def test_what_rate_distortion_returns_is_checked(terms, error, message):
+    class Mine(MultiRateMixin):
+        def __init__(self):
+            super().__init__()
+            self.encoder, self.decoder = MLPEncoder([4], [5], 2), MLPDecoder(2, [5], [4])
+            self.make_multirate(self.encoder, self.decoder, input_shape=[4])
+
+        def rate_distortion(self, batch):
+            return terms(self.encoder(batch)[0].sum(1))
+
+    with pytest.raises(error, match=message):
+        Mine().training_step(torch.zeros(3, 4), 0)
+
+
+def test_a_module_that_was_not_made_multirate_is_told_so():
+    class Mine(MultiRateMixin):
+        pass
+
+    with pytest.raises(RuntimeError, match="call make_multirate"):
+        Mine().training_step(torch.zeros(3, 4), 0)
