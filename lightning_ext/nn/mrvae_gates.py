@@ -183,8 +183,8 @@ class RateGate(RateConditioner):
 class RateFiLM(RateConditioner):
     r"""Scale and shift :math:`(1 + s(t))\,h + u(t)` with two small networks ``1 - hidden - C`` of log beta.
 
-    The conditioning of YOTO (Dosovitskiy, Djolonga, ICLR 2020), an alternative to gates that matched them at small
-    training budgets in our runs, at many more parameters.
+    The conditioning of YOTO (Dosovitskiy, Djolonga, ICLR 2020), an alternative to gates with many more
+    parameters, which may pay at small training budgets.
 
     Args:
         num_features: channels ``C``.
