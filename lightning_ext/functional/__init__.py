@@ -2,6 +2,7 @@
 
 from lightning_ext.functional.counter_rng import fold_in, seeded_generator
 from lightning_ext.functional.mrvae import (
+    at_least_float32,
     bernoulli_distortion,
     beta_grid,
     free_bits_rate,
@@ -48,6 +49,7 @@ __all__ = [
     "LinearOptimum",
     "MIGResult",
     "active_units",
+    "at_least_float32",
     "bernoulli_distortion",
     "best_response",
     "beta_for_distortion",

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from lightning_ext.functional.counter_rng import seeded_generator
 
 __all__ = [
+    "at_least_float32",
     "bernoulli_distortion",
     "beta_grid",
     "free_bits_rate",
@@ -220,7 +221,7 @@ def bernoulli_distortion(reconstruction: Tensor, target: Tensor, logits: bool = 
     >>> bernoulli_distortion(torch.zeros(1, 4), torch.ones(1, 4)) / math.log(2)
     tensor([4.])
     """
-    reconstruction, target = _wide(reconstruction), _wide(target)
+    reconstruction, target = at_least_float32(reconstruction), at_least_float32(target)
     if logits:
         return _sum_per_sample(F.binary_cross_entropy_with_logits(reconstruction, target, reduction="none"))
     # binary_cross_entropy refuses to run under autocast, whatever its inputs' dtype.
@@ -246,7 +247,7 @@ def gaussian_distortion(
     >>> gaussian_distortion(torch.zeros(1, 2), torch.ones(1, 2))
     tensor([1.])
     """
-    error = _sum_per_sample((_wide(reconstruction) - _wide(target)).square()) / (2.0 * variance)
+    error = _sum_per_sample((at_least_float32(reconstruction) - at_least_float32(target)).square()) / (2.0 * variance)
     if constant:
         error = error + 0.5 * target[0].numel() * math.log(2.0 * math.pi * variance)
     return error
@@ -264,7 +265,7 @@ def squared_error_distortion(reconstruction: Tensor, target: Tensor) -> Tensor:
     Returns:
         ``(B,)``, summed over all but the first dimension.
     """
-    return _sum_per_sample((_wide(reconstruction) - _wide(target)).square())
+    return _sum_per_sample((at_least_float32(reconstruction) - at_least_float32(target)).square())
 
 
 def sigma_vae_distortion(reconstruction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -307,7 +308,15 @@ def free_bits_rate(kl: Tensor, free_bits: float) -> Tensor:
     return kl.mean(0).clamp_min(free_bits).sum()
 
 
-def _wide(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half precision to float32; anything wider as it is. Rates, distortions and gates are computed after it.
+
+    Args:
+        x: any floating-point tensor.
+
+    Returns:
+        The same values, in float32 or wider.
+    """
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 

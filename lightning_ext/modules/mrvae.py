@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_ext._lightning import pl, submodule
 from lightning_ext.functional.mrvae_curve import beta_for_rate
-from lightning_ext.modules.mrvae_base import BaseVAE, Distortion, Objective, RateDistortion
+from lightning_ext.modules.mrvae_base import BaseVAE, Distortion, Objective, RateDistortion, log_terms
 from lightning_ext.modules.mrvae_noise import AddressedNoise
 from lightning_ext.nn import LogUniformBeta, RateContext, convert_to_multirate, fold
 
@@ -188,16 +188,10 @@ class MultiRateMixin(AddressedNoise):
             )
         losses = terms.loss(betas)
         loss = losses.mean()
-        if stage != "train" or self._logs_now:
-            self._log_multirate(stage, terms, losses.detach(), betas)
-        return loss
-
-    def _log_multirate(self, stage: str, terms: RateDistortion, losses: Tensor, betas: Tensor) -> None:
-        values = {"loss": losses, "rate": terms.rate.detach(), "distortion": terms.distortion.detach()}
-        averages = {f"{stage}/{name}": value.mean() for name, value in values.items()}
-        self.log_dict(averages, batch_size=len(betas), sync_dist=stage != "train")
+        log_terms(self, stage, terms, loss)
         if stage == "train" and self._is_logging_step:
-            self._log_by_beta(losses, betas)
+            self._log_by_beta(losses.detach(), betas)
+        return loss
 
     def _log_by_beta(self, losses: Tensor, betas: Tensor) -> None:
         third = torch.bucketize(self.beta_prior.standardize(betas), betas.new_tensor([-0.57735, 0.57735]))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_ext._lightning import pl
 from lightning_ext.functional.counter_rng import seeded_generator
 from lightning_ext.functional.mrvae import (
+    at_least_float32,
     bernoulli_distortion,
     gaussian_distortion,
     gaussian_kl,
@@ -18,7 +19,7 @@ from lightning_ext.functional.mrvae import (
     total_correlation_terms,
 )
 from lightning_ext.modules.mrvae_noise import AddressedNoise
-from lightning_ext.nn import posterior_parameters, reconstruction_parameters
+from lightning_ext.nn import dry_run, posterior_parameters, reconstruction_parameters
 
 __all__ = ["BaseVAE", "RateDistortion"]
 
@@ -65,8 +66,16 @@ class RateDistortion:
         return fixed + beta * weighted
 
 
-def _as_float(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+def log_terms(module: AddressedNoise, stage: str, terms: RateDistortion, loss: Tensor) -> None:
+    """Log loss, mean rate and mean distortion of a batch; in training only where Lightning passes them on."""
+    if stage == "train" and not module._logs_now:
+        return
+    values = {"loss": loss, "rate": terms.rate.mean(), "distortion": terms.distortion.mean()}
+    module.log_dict(
+        {f"{stage}/{name}": value.detach() for name, value in values.items()},
+        batch_size=len(terms.rate),
+        sync_dist=stage != "train",
+    )
 
 
 class BaseVAE(AddressedNoise):
@@ -173,7 +182,11 @@ class BaseVAE(AddressedNoise):
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Posterior means and log variances, each ``(B, k)`` in float32 or wider."""
         mu, logvar = posterior_parameters(self.encoder(x))
-        return _as_float(mu), _as_float(logvar)
+        return at_least_float32(mu), at_least_float32(logvar)
+
+    def draw(self, mu: Tensor, logvar: Tensor) -> Tensor:
+        """One sample of each posterior, ``(B, k)``, differentiable in its parameters."""
+        return mu + torch.exp(0.5 * logvar) * self.noise(mu)
 
     def decode(self, z: Tensor) -> Tensor:
         """Reconstruction parameters ``(B, *input_shape)``: logits, probabilities or means."""
@@ -208,14 +221,14 @@ class BaseVAE(AddressedNoise):
         self._check_target(x)
         if self.objective == "hierarchical":
             reconstruction, groups = self._hierarchical(x)
-            rate = torch.stack([_as_float(kl) for kl in groups]).sum(0)
+            rate = torch.stack([at_least_float32(kl) for kl in groups]).sum(0)
             return RateDistortion(rate, self._distortion(reconstruction, x))
         mu, logvar = self.encode(x)
-        z = mu + torch.exp(0.5 * logvar) * self.noise(mu)
+        z = self.draw(mu, logvar)
         terms = RateDistortion(gaussian_kl(mu, logvar).sum(1), self._distortion(self.decode(z), x), mu)
         if self.objective == "tcvae":
-            size = self.dataset_size or len(x)
-            information, terms.weighted, dimension_wise = total_correlation_terms(z, mu, logvar, size)
+            assert self.dataset_size is not None  # the constructor demands it
+            information, terms.weighted, dimension_wise = total_correlation_terms(z, mu, logvar, self.dataset_size)
             terms.fixed = terms.distortion + information + dimension_wise
         return terms
 
@@ -243,18 +256,8 @@ class BaseVAE(AddressedNoise):
         self.set_address(stage, batch_idx)
         terms = self.rate_distortion(batch)
         loss = self.loss(terms)
-        self._log_terms(stage, terms, loss)
+        log_terms(self, stage, terms, loss)
         return loss
-
-    def _log_terms(self, stage: str, terms: RateDistortion, loss: Tensor) -> None:
-        if stage == "train" and not self._logs_now:
-            return
-        values = {"loss": loss, "rate": terms.rate.mean(), "distortion": terms.distortion.mean()}
-        self.log_dict(
-            {f"{stage}/{name}": value.detach() for name, value in values.items()},
-            batch_size=len(terms.rate),
-            sync_dist=stage != "train",
-        )
 
     def _latents(self) -> int:
         if self.latent_dim is None:
@@ -299,23 +302,15 @@ class BaseVAE(AddressedNoise):
         Raises:
             ValueError: the encoder's output does not split or the reconstruction does not have ``input_shape``.
         """
-        like = next(self.parameters())
-        x = like.new_zeros(2, *self.input_shape)
-        modes = {module: module.training for module in self.modules()}
-        self.eval()
-        devices = [x.device] if x.is_cuda else []
-        try:
-            with torch.random.fork_rng(devices=devices):
-                if self.objective == "hierarchical":
-                    reconstruction = self._hierarchical(x, torch.zeros_like)[0]
-                else:
-                    mu, _ = self.encode(x)
-                    if mu.dim() != 2:
-                        raise ValueError(f"the latent code must have shape (B, k); got {tuple(mu.shape)}: flatten it.")
-                    reconstruction, self.latent_dim = self.decode(mu), mu.shape[1]
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
+        x = next(self.parameters()).new_zeros(2, *self.input_shape)
+        with dry_run(self):
+            if self.objective == "hierarchical":
+                reconstruction = self._hierarchical(x, torch.zeros_like)[0]
+            else:
+                mu, _ = self.encode(x)
+                if mu.dim() != 2:
+                    raise ValueError(f"the latent code must have shape (B, k); got {tuple(mu.shape)}: flatten it.")
+                reconstruction, self.latent_dim = self.decode(mu), mu.shape[1]
         if reconstruction.shape != x.shape and isinstance(self.distortion, str):
             raise ValueError(
                 f"the decoder returned shape {tuple(reconstruction.shape[1:])} for input_shape={self.input_shape}; the "

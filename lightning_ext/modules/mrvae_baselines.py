@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ext.functional.mrvae import free_bits_rate, gaussian_kl, sigma_vae_distortion
-from lightning_ext.modules.mrvae_base import BaseVAE, Distortion, Objective, RateDistortion
+from lightning_ext.modules.mrvae_base import BaseVAE, Distortion, Objective, RateDistortion, log_terms
 
 __all__ = ["GECOVAE", "BetaVAE", "FreeBitsVAE", "SigmaVAE"]
 
@@ -100,7 +100,7 @@ class FreeBitsVAE(BaseVAE):
         self._check_target(x)
         mu, logvar = self.encode(x)
         kl = gaussian_kl(mu, logvar)
-        z = mu + torch.exp(0.5 * logvar) * self.noise(mu)
+        z = self.draw(mu, logvar)
         floored = free_bits_rate(kl, self.free_bits).expand(len(x))
         return RateDistortion(kl.sum(1), self._distortion(self.decode(z), x), mu, weighted=floored)
 
@@ -146,7 +146,7 @@ class SigmaVAE(BaseVAE):
         """Terms of the batch at its optimal variance; in training the variance is kept for later use."""
         x = self.get_input(batch)
         mu, logvar = self.encode(x)
-        z = mu + torch.exp(0.5 * logvar) * self.noise(mu)
+        z = self.draw(mu, logvar)
         distortion, variance = sigma_vae_distortion(self.decode(z), x)
         if self.training:
             self.variance.copy_(variance.detach())
@@ -214,7 +214,7 @@ class GECOVAE(BaseVAE):
         self.set_address("train", batch_idx)
         terms = self.rate_distortion(batch)
         loss = self.loss(terms)
-        self._log_terms("train", terms, loss)
+        log_terms(self, "train", terms, loss)
         self._move_multiplier(terms.distortion.detach().mean())
         if self._logs_now:
             self.log("train/multiplier", self.multiplier)

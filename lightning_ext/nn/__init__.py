@@ -1,7 +1,12 @@
 """Layers and model parts: plain ``torch.nn.Module``."""
 
 from lightning_ext.nn.mrvae import LogUniformBeta, RateContext
-from lightning_ext.nn.mrvae_convert import convert_to_multirate, posterior_parameters, reconstruction_parameters
+from lightning_ext.nn.mrvae_convert import (
+    convert_to_multirate,
+    dry_run,
+    posterior_parameters,
+    reconstruction_parameters,
+)
 from lightning_ext.nn.mrvae_fold import fold
 from lightning_ext.nn.mrvae_gates import GatedFiLM, LogVarianceGate, PosteriorGate, RateConditioner, RateFiLM, RateGate
 from lightning_ext.nn.mrvae_nets import (
@@ -29,6 +34,7 @@ __all__ = [
     "ResNetDecoder",
     "ResNetEncoder",
     "convert_to_multirate",
+    "dry_run",
     "fold",
     "posterior_parameters",
     "reconstruction_parameters",

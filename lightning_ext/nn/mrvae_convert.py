@@ -3,10 +3,11 @@
 Source: Bae et al., *Multi-Rate VAE*, ICLR 2023, arXiv 2212.03905, sections 3.2 and 4.1.
 """
 
+import contextlib
 import dataclasses
 import fnmatch
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -25,7 +26,7 @@ from lightning_ext.nn.mrvae_gates import (
     apply_conditioner,
 )
 
-__all__ = ["convert_to_multirate", "posterior_parameters", "reconstruction_parameters"]
+__all__ = ["convert_to_multirate", "dry_run", "posterior_parameters", "reconstruction_parameters"]
 
 Layout = Literal["paper", "public", "table1"]
 
@@ -107,6 +108,20 @@ class _Call:
         return self.output.untyped_storage().data_ptr()
 
 
+@contextlib.contextmanager
+def dry_run(network: nn.Module) -> Iterator[None]:
+    """Run a network in here without a trace: in eval mode, without gradients, the random state put back afterwards."""
+    modes = {module: module.training for module in network.modules()}
+    device = _place(network)[0]
+    network.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
 def _traced(network: nn.Module, example: Any) -> tuple[list[_Call], Any]:
     """Run once in eval mode without gradients; list gateable layers and norms in the order they ran."""
     calls: list[_Call] = []
@@ -119,23 +134,17 @@ def _traced(network: nn.Module, example: Any) -> tuple[list[_Call], Any]:
 
         return hook
 
-    modes = {module: module.training for module in network.modules()}
     for name, module in network.named_modules():
         if isinstance(module, nn.modules.lazy.LazyModuleMixin):
             raise ValueError(f"layer {name!r} is lazy: run the network once on real data before converting it.")
         if isinstance(module, (*_GATEABLE, *_NORMS)):
             handles.append(module.register_forward_hook(record(name)))
-    network.eval()
     try:
-        device = _place(network)[0]
-        devices = [device] if device.type == "cuda" else []
-        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+        with dry_run(network):
             output = network(example)
     finally:
         for handle in handles:
             handle.remove()
-        for module, mode in modes.items():
-            module.training = mode
     return calls, output
 
 

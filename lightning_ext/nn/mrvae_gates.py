@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_ext.functional.mrvae import GateActivation, gate_activation
+from lightning_ext.functional.mrvae import GateActivation, at_least_float32, gate_activation
 from lightning_ext.nn.mrvae import RateContext
 
 __all__ = ["GatedFiLM", "LogVarianceGate", "PosteriorGate", "RateConditioner", "RateFiLM", "RateGate"]
@@ -110,12 +110,8 @@ class RateConditioner(nn.Module):
 
 def _affine(t: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     # Elementwise on purpose: autocast leaves it in float32, a matrix product it would cast.
-    weight, bias = _wide(weight), _wide(bias)
+    weight, bias = at_least_float32(weight), at_least_float32(bias)
     return torch.addcmul(bias, t.to(weight.dtype), weight)
-
-
-def _wide(parameter: Tensor) -> Tensor:
-    return parameter.float() if parameter.dtype in (torch.float16, torch.bfloat16) else parameter
 
 
 class RateGate(RateConditioner):
@@ -225,7 +221,7 @@ class RateFiLM(RateConditioner):
         first, _, last = network
         assert isinstance(first, nn.Linear)
         assert isinstance(last, nn.Linear)
-        weights = [_wide(p) for layer in (first, last) for p in (layer.weight, layer.bias)]
+        weights = [at_least_float32(p) for layer in (first, last) for p in (layer.weight, layer.bias)]
         hidden = F.relu(F.linear(t.to(weights[0].dtype), weights[0], weights[1]))
         return F.linear(hidden, weights[2], weights[3])
 
