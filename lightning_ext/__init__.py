@@ -11,7 +11,7 @@ from types import ModuleType
 
 from lightning_ext.__about__ import __version__
 
-__all__ = ["__version__", "callbacks", "data", "functional", "metrics", "modules", "nn", "testing"]
+__all__ = ["__version__", "callbacks", "data", "functional", "metrics", "modules", "nn", "optim", "testing"]
 
 _SUBMODULES = frozenset(__all__) - {"__version__"}
 

@@ -1,0 +1,1 @@
+"""Optimizers: plain ``torch.optim.Optimizer``s, with or without Lightning."""
