@@ -4,9 +4,9 @@ After a step from :math:`\theta` to :math:`\theta' = u(\theta, \phi, B)`, with :
 
 .. math:: Q(\phi) = J_B(\theta') + \lambda_F \, D_F(\theta', \theta; B') + \tfrac{\lambda_W}{2} \lVert \Delta \rVert^2
 
-asks whether other optimiser parameters :math:`\phi` would have lowered the batch loss more without moving the outputs on
-another batch :math:`B'`, or the weights, too far (Bae, Vicol, HaoChen, Grosse 2022, arXiv:2203.00089). The gradient that
-made the step is a constant here, so one ordinary backward pass at :math:`\theta'` gives everything:
+asks whether other optimiser parameters :math:`\phi` would have lowered the batch loss more without moving the outputs
+on another batch :math:`B'`, or the weights, too far (Bae, Vicol, HaoChen, Grosse 2022, arXiv:2203.00089). The gradient
+that made the step is a constant here, so one ordinary backward pass at :math:`\theta'` gives everything:
 :math:`V = \nabla_{\theta'} Q`, and :math:`\mathrm d Q / \mathrm d \log \eta = \langle V, \Delta \rangle`.
 """
 
@@ -203,8 +203,8 @@ def secant_log_step(slope_before: Tensor, slope_after: Tensor, rate: float = 0.3
         limit: :math:`\ell > 0`.
 
     Returns:
-        ``(groups,)``. Where the objective still falls with negative or no curvature the step is :math:`\rho \ell`; where
-        the direction does not descend at all, :math:`-\rho \ell` if it rises and 0 if both slopes are 0.
+        ``(groups,)``. Where the objective falls with negative or no curvature the step is :math:`\rho \ell`; where the
+        direction does not descend at all, :math:`-\rho \ell` if it rises and 0 if both slopes are 0.
 
     >>> torch.exp(secant_log_step(torch.tensor([-2.0]), torch.tensor([2.0]), rate=1.0)).tolist()
     [0.5]
@@ -237,8 +237,5 @@ def trust_region_weight(
     >>> trust_region_weight(1.0, fsd=4e-3, budget=1e-3), trust_region_weight(1.0, fsd=1e-3, budget=1e-3)
     (2.0, 1.0)
     """
-    if fsd <= 0:
-        change = -limit
-    else:
-        change = max(-limit, min(limit, rate * math.log(fsd / budget)))
+    change = -limit if fsd <= 0 else max(-limit, min(limit, rate * math.log(fsd / budget)))
     return min(max(lam_f * math.exp(change), 1e-4), 1e4)

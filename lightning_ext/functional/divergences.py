@@ -15,9 +15,7 @@ __all__ = ["bernoulli_kl", "divergence_named", "mean_squared_error", "softmax_kl
 
 def _pair(new: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
     if new.shape != old.shape:
-        raise ValueError(
-            f"new and old must be outputs for the same inputs; got {tuple(new.shape)}, {tuple(old.shape)}."
-        )
+        raise ValueError(f"new and old must have one shape; got {tuple(new.shape)} and {tuple(old.shape)}.")
     if new.numel() == 0:
         raise ValueError(f"new and old must not be empty; got shape {tuple(new.shape)}.")
     dtype = torch.promote_types(torch.promote_types(new.dtype, old.dtype), torch.float32)
