@@ -1,5 +1,6 @@
 """Callbacks to attach to a Trainer."""
 
+from lightning_ext.callbacks.apo import APOLearningRate, HypergradientLR
 from lightning_ext.callbacks.mrvae import KLSchedule, RateDistortionCallback
 
-__all__ = ["KLSchedule", "RateDistortionCallback"]
+__all__ = ["APOLearningRate", "HypergradientLR", "KLSchedule", "RateDistortionCallback"]

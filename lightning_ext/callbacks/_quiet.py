@@ -1,8 +1,12 @@
-"""The guard under which a callback runs a module's own code on the side."""
+"""The guards under which a callback runs a module's own code on the side."""
 
 import contextlib
 from collections.abc import Iterator
 from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
 
 from lightning_ext._lightning import LightningModule, submodule
 
@@ -22,3 +26,44 @@ def quietly(pl_module: LightningModule) -> Iterator[None]:
         finally:
             del pl_module.log, pl_module.log_dict
             vars(pl_module).update(own)
+
+
+@contextlib.contextmanager
+def undisturbed(pl_module: LightningModule) -> Iterator[None]:
+    """As :func:`quietly`, and put buffers, train and eval modes, and the states of metrics back afterwards.
+
+    For passes in train mode: running statistics move in them, and a ``training_step`` updates its metrics. ``.grad``
+    needs no guard as long as gradients are taken with ``torch.autograd.grad``. Plain attributes that a module counts up
+    by itself are not covered.
+    """
+    modules = list(pl_module.modules())
+    modes = [module.training for module in modules]
+    buffers = [
+        (module, name, buffer, buffer._version, buffer.clone())
+        for module in modules
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    metrics = [(module, _attributes(module)) for module in modules if isinstance(module, Metric)]
+    try:
+        with quietly(pl_module):
+            yield
+    finally:
+        with torch.no_grad():
+            for module, name, buffer, version, value in buffers:
+                module._buffers[name] = buffer
+                if buffer._version != version:  # an untouched buffer may be part of a graph that is still needed
+                    buffer.copy_(value)
+        for metric, attributes in metrics:
+            vars(metric).update(attributes)
+        for module, mode in zip(modules, modes, strict=True):
+            module.training = mode
+
+
+def _attributes(metric: Metric) -> dict[str, Any]:
+    def copied(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.clone()
+        return list(value) if isinstance(value, list) else value
+
+    return {name: copied(value) for name, value in vars(metric).items()}

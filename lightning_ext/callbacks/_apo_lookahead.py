@@ -1,0 +1,287 @@
+"""The batches of a look-ahead, and a module's own loss and outputs on them."""
+
+import inspect
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, cast
+
+import torch
+import torch.distributed as dist
+from lightning_utilities.core.apply_func import apply_to_collection
+from lightning_utilities.core.rank_zero import rank_zero_info
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_ext._lightning import LightningModule, MisconfigurationException, Trainer, submodule
+from lightning_ext.callbacks._apo_divergence import Divergence, recognise
+from lightning_ext.callbacks._quiet import undisturbed
+from lightning_ext.functional import ProximalObjective, divergence_named, fold_in
+
+BatchFn = Callable[[LightningModule, Any], Tensor]
+SAVED_BATCH_LIMIT = 16 * 2**20  # bytes over all ranks; a larger batch is not worth its place in every checkpoint
+_SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "XLAStrategy", "SingleDeviceXLAStrategy")
+
+
+def refuse_sharded(trainer: Trainer, who: str) -> None:
+    """A look-ahead needs whole parameters and one step that it can take back."""
+    strategies = submodule("strategies")
+    for name in _SHARDED:
+        if isinstance(trainer.strategy, getattr(strategies, name)):
+            raise MisconfigurationException(
+                f"{who} does not work with {name}: it moves and restores whole parameters, and this strategy shards or "
+                "defers them. Use strategy='ddp' or a single device."
+            )
+
+
+class LookAhead:
+    """Keeps B and B', and builds the proximal objective of the coming step.
+
+    Args:
+        who: the callback's name, for messages.
+        output_fn: ``(module, batch) -> outputs``; default ``module(batch[0])``.
+        loss_fn: ``(module, batch) -> loss``; default the module's ``training_step``.
+        divergence: a name, a function, or ``"auto"``.
+        fsd_batch: ``"previous"``, ``"loader"`` or a DataLoader.
+        fsd_fraction: the part of B' that is used, in ``(0, 1]``.
+        seed: of the dropout masks on B' and of its draws from a loader.
+    """
+
+    def __init__(
+        self,
+        who: str,
+        *,
+        output_fn: BatchFn | None,
+        loss_fn: BatchFn | None,
+        divergence: str | Divergence,
+        fsd_batch: Literal["previous", "loader"] | DataLoader[Any],
+        fsd_fraction: float,
+        seed: int,
+    ) -> None:
+        if not 0 < fsd_fraction <= 1:
+            raise ValueError(f"fsd_fraction must be in (0, 1]; got {fsd_fraction}.")
+        if fsd_batch not in ("previous", "loader") and not isinstance(fsd_batch, DataLoader):
+            raise ValueError(f"fsd_batch must be 'previous', 'loader' or a DataLoader; got {fsd_batch!r}.")
+        if isinstance(fsd_batch, DataLoader):
+            _random_access(fsd_batch, who)
+        self.who, self.output_fn, self.loss_fn = who, output_fn, loss_fn
+        self.fsd_batch, self.fsd_fraction, self.seed = fsd_batch, fsd_fraction, seed
+        if not isinstance(divergence, str) and not callable(divergence):
+            raise ValueError(f"divergence must be a name or a function (new, old) -> scalar; got {divergence!r}.")
+        by_name = isinstance(divergence, str) and divergence != "auto"
+        self.divergence = divergence_named(divergence) if by_name else divergence  # type: ignore[arg-type]
+        self._batch: Any = None
+        self._batch_idx = 0
+        self._rng: tuple[Tensor, Tensor | None] | None = None
+        self._previous: Any = None
+        self._saved: list[Any] | None = None
+        self.step_made = False
+        self.draws = 0
+
+    # -- the batches
+
+    def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check what can be checked before the first batch, and take a restored B' back."""
+        if self.loss_fn is None and not pl_module.automatic_optimization:
+            raise MisconfigurationException(
+                f"{self.who}: under manual optimisation training_step makes the steps itself and cannot be run for a "
+                "look-ahead. Pass loss_fn=..., a function (module, batch) -> scalar loss."
+            )
+        if self.loss_fn is None and "dataloader_iter" in inspect.signature(pl_module.training_step).parameters:
+            raise MisconfigurationException(
+                f"{self.who}: a training_step that takes dataloader_iter cannot be run twice on one batch. Pass "
+                "loss_fn=..., a function (module, batch) -> scalar loss."
+            )
+        self._batch = self._previous = None
+        if self._saved is not None and len(self._saved) == trainer.world_size:
+            previous = self._saved[trainer.global_rank]
+            self._previous = apply_to_collection(previous, Tensor, lambda t: t.to(pl_module.device))
+        self._saved = None
+
+    def observe(self, batch: Any, batch_idx: int, device: torch.device, *, keep_rng: bool) -> None:
+        """Remember B and, with ``keep_rng``, the random state from which the training pass on it starts."""
+        self._batch, self._batch_idx, self._rng = batch, batch_idx, None
+        if keep_rng:
+            cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+            self._rng = torch.get_rng_state(), cuda
+
+    def batch_done(self) -> None:
+        """Where B was the last batch of an optimizer step, it becomes the previous one."""
+        if self.step_made:
+            self._previous, self.step_made = self._batch, False
+        self._batch = self._rng = None
+
+    def forget(self) -> None:
+        """Let go of every batch."""
+        self._batch = self._previous = self._rng = None
+        self.step_made = False
+
+    def _other_batch(self, trainer: Trainer, pl_module: LightningModule) -> Any:
+        """Batch B', or ``None`` where there is none yet."""
+        if self.fsd_batch == "previous":
+            return None if self._previous is None else _part(self._previous, self.fsd_fraction)
+        loader = self._loader(trainer)
+        dataset, size = loader.dataset, loader.batch_size or 1
+        size = max(1, math.ceil(size * self.fsd_fraction))
+        generator = torch.Generator().manual_seed(fold_in(self.seed, self.draws, trainer.global_rank))
+        self.draws += 1
+        chosen = torch.randint(len(dataset), (size,), generator=generator).tolist()  # type: ignore[arg-type]
+        with undisturbed(pl_module):  # transforms draw from the global generators
+            batch = loader.collate_fn([dataset[i] for i in chosen])
+            batch = trainer.precision_plugin.convert_input(batch)
+            return trainer.strategy.batch_to_device(pl_module.on_before_batch_transfer(batch, 0), dataloader_idx=0)
+
+    def _loader(self, trainer: Trainer) -> DataLoader[Any]:
+        loader = trainer.train_dataloader if self.fsd_batch == "loader" else self.fsd_batch
+        return _random_access(loader, self.who)
+
+    # -- the objective
+
+    def objective(
+        self, trainer: Trainer, pl_module: LightningModule, *, outputs: bool, address: Sequence[int]
+    ) -> ProximalObjective | None:
+        """Return the objective of the coming step, or ``None`` where it needs a batch B' and there is none yet."""
+        batch, batch_idx = self._batch, self._batch_idx
+        other = self._other_batch(trainer, pl_module) if outputs else None
+        if outputs and other is None:
+            return None
+        seed = fold_in(self.seed, trainer.global_rank, *address)
+
+        def loss_fn() -> Tensor:
+            with self._side(trainer, pl_module):
+                if self._rng is not None:
+                    torch.set_rng_state(self._rng[0])
+                    if self._rng[1] is not None:
+                        torch.cuda.set_rng_state(self._rng[1], pl_module.device)
+                return self._loss(pl_module, batch, batch_idx)
+
+        def output_fn(chosen: Any = other) -> Tensor:
+            with self._side(trainer, pl_module):
+                torch.manual_seed(seed)
+                return self._outputs(pl_module, chosen)
+
+        if outputs and self.divergence == "auto":
+            with torch.no_grad():
+                name, self.divergence = recognise(output_fn(batch), batch, loss_fn())
+            rank_zero_info(f"{self.who}: the loss is measured by divergence={name!r}.")
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        return ProximalObjective(
+            loss_fn,
+            output_fn if outputs else None,
+            self.divergence,  # type: ignore[arg-type]
+            grad_scale=1.0 if scaler is None else float(scaler.get_scale()),
+        )
+
+    @contextmanager
+    def _side(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
+        with undisturbed(pl_module), trainer.precision_plugin.train_step_context():
+            yield
+
+    def _loss(self, pl_module: LightningModule, batch: Any, batch_idx: int) -> Tensor:
+        if self.loss_fn is not None:
+            name, loss = "loss_fn", cast(Any, self.loss_fn(pl_module, batch))
+        else:
+            takes_index = submodule("utilities.signature_utils").is_param_in_hook_signature(
+                pl_module.training_step, "batch_idx", min_args=2
+            )
+            name = "training_step"
+            result: Any = pl_module.training_step(batch, *([batch_idx] if takes_index else []))
+            loss = result["loss"] if isinstance(result, dict) and "loss" in result else result
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            raise MisconfigurationException(
+                f"{self.who}: {name} must return a scalar loss; got {_described(loss)}. Pass loss_fn=..., a function "
+                "(module, batch) -> scalar loss."
+            )
+        return loss
+
+    def _outputs(self, pl_module: LightningModule, batch: Any) -> Tensor:
+        outputs = (
+            _default_outputs(pl_module, batch, self.who) if self.output_fn is None else self.output_fn(pl_module, batch)
+        )
+        if not isinstance(outputs, Tensor) or not outputs.is_floating_point() or outputs.numel() == 0:
+            raise MisconfigurationException(
+                f"{self.who}: output_fn must return a floating-point tensor, the network's outputs (logits, or the "
+                f"mean of a regression); got {_described(outputs)}. Pass output_fn=..., "
+                "a function (module, batch) -> tensor."
+            )
+        return outputs
+
+    # -- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of draws, and B' of every rank while it is small and made of tensors."""
+        previous = self._previous if self.fsd_batch == "previous" else None
+        previous = None if previous is None else _part(previous, self.fsd_fraction)
+        plain = _plain_bytes(previous)
+        size = math.inf if plain is None else plain
+        if dist.is_available() and dist.is_initialized():
+            sizes: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(sizes, size)
+            size = sum(sizes)
+        if size > SAVED_BATCH_LIMIT:
+            return {"draws": self.draws, "previous": None}
+        batches = [apply_to_collection(previous, Tensor, lambda t: t.detach().cpu().clone())]
+        if dist.is_available() and dist.is_initialized():
+            mine, batches = batches[0], [None] * dist.get_world_size()
+            dist.all_gather_object(batches, mine)
+        return {"draws": self.draws, "previous": batches}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the state back; B' moves to its device when training starts."""
+        self.draws, self._saved = state["draws"], state["previous"]
+
+
+def _random_access(loader: Any, who: str) -> DataLoader[Any]:
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        kind = "an IterableDataset" if isinstance(loader, DataLoader) else f"a {type(loader).__name__}"
+        raise MisconfigurationException(
+            f"{who}: fsd_batch draws random examples and needs one DataLoader over a map-style dataset; got {kind}. "
+            "Use fsd_batch='previous', or pass such a DataLoader."
+        )
+    return loader
+
+
+def _default_outputs(pl_module: LightningModule, batch: Any, who: str) -> Any:
+    inputs = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+    if not isinstance(inputs, Tensor):
+        raise MisconfigurationException(
+            f"{who}: the outputs are module(batch[0]) by default, and this batch is {_described(batch)}. Pass "
+            "output_fn=..., a function (module, batch) -> tensor of outputs."
+        )
+    try:
+        return pl_module(inputs)
+    except (TypeError, NotImplementedError) as error:
+        raise MisconfigurationException(
+            f"{who}: the outputs are module(batch[0]) by default, and that failed: {error}. Pass output_fn=..., a "
+            "function (module, batch) -> tensor of outputs."
+        ) from error
+
+
+def _part(batch: Any, fraction: float) -> Any:
+    """The first rows of every tensor, at least two, where all tensors agree on their number."""
+    lengths: set[int] = set()
+    apply_to_collection(batch, Tensor, lambda t: lengths.add(len(t) if t.ndim else 0))
+    if fraction == 1 or len(lengths) != 1 or (n := lengths.pop()) < 2:
+        return batch
+    rows = max(2, math.ceil(n * fraction))
+    return apply_to_collection(batch, Tensor, lambda t: t[:rows])
+
+
+def _plain_bytes(batch: Any) -> int | None:
+    """Size of a batch made of tensors, plain values and plain containers; ``None`` for any other."""
+    if batch is None or type(batch) in (bool, int, float, str):
+        return 0
+    if type(batch) is Tensor:
+        return batch.numel() * batch.element_size()
+    if type(batch) in (tuple, list, dict):
+        sizes = [_plain_bytes(part) for part in (batch.values() if type(batch) is dict else batch)]
+        return None if None in sizes else sum(size for size in sizes if size is not None)
+    return None
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)} and {value.dtype}"
+    if isinstance(value, dict):
+        return f"a dict with keys {list(value)}"
+    return "None" if value is None else f"a {type(value).__name__}"
