@@ -7,11 +7,10 @@ from typing import Any
 import matplotlib.pyplot as plt
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import TQDMProgressBar
 
 from lightning_ext.callbacks import RateDistortionCallback
 from lightning_ext.data import DigitsDataModule
-from lightning_ext.demo import Picture, Table, Tile
+from lightning_ext.demo import EpochBar, Picture, Table, Tile
 from lightning_ext.metrics import RateDistortionCurve
 from lightning_ext.modules import BaseVAE, BetaVAE, MultiRateVAE
 from lightning_ext.nn import MLPDecoder, MLPEncoder
@@ -21,28 +20,6 @@ TITLE = "MR-VAE: one training run, every beta"
 EPOCHS = 300
 BASELINE_BETAS = (0.03, 0.3, 1.0, 3.0)
 SHOWN_BETAS = (0.01, 0.1, 0.5, 1.5, 5.0)
-
-
-class _Bar(TQDMProgressBar):
-    """Lightning's bar, counting epochs under a name of its own: hundreds of short epochs share one line."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        self.name = name
-
-    def on_train_start(self, trainer: pl.Trainer, *args: Any) -> None:
-        super().on_train_start(trainer, *args)
-        self.train_progress_bar.reset(trainer.max_epochs)
-        self.train_progress_bar.set_description(self.name)
-
-    def on_train_epoch_start(self, *args: Any) -> None:
-        pass
-
-    def on_train_batch_end(self, *args: Any) -> None:
-        pass
-
-    def on_train_epoch_end(self, *args: Any) -> None:
-        self.train_progress_bar.update(1)
 
 
 def _networks() -> tuple[MLPEncoder, MLPDecoder]:
@@ -56,7 +33,7 @@ def _train(model: BaseVAE, name: str, output_dir: Path, callbacks: list[Any]) ->
         limit_val_batches=1.0 if callbacks else 0,
         check_val_every_n_epoch=EPOCHS,
         num_sanity_val_steps=0,
-        callbacks=[_Bar(name), *callbacks],
+        callbacks=[EpochBar(name), *callbacks],
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,

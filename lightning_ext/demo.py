@@ -32,6 +32,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lightning_ext._lightning import submodule
 from lightning_ext._report import format_cell, plain, text_table, write_json
 from lightning_ext._resources import choose, examples_dir, load_script, named_files, require, writable_folder
 from lightning_ext.benchmark import environment
@@ -39,7 +40,7 @@ from lightning_ext.benchmark import environment
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["PAGE_STYLE", "Picture", "Table", "Tile", "demo", "tiles"]
+__all__ = ["PAGE_STYLE", "EpochBar", "Picture", "Table", "Tile", "demo", "tiles"]
 
 _LIGHT_INK, _DARK_INK, _DARK_CARD = "#1d2733", "#dfe6ee", "#18202a"  # as in the template
 _INK_LEVEL = 0.18  # brightness up to which a grey counts as full ink
@@ -69,6 +70,34 @@ PAGE_STYLE: dict[str, Any] = {
 }
 """Matplotlib settings in force while a tile runs."""
 _PALETTE = ("#2f7de1", "#f2762e", "#14a37f", "#d6456b", "#8f63e0", "#c79a12")  # told apart on white and on near-black
+
+
+class EpochBar(submodule("callbacks").TQDMProgressBar):  # type: ignore[misc]
+    """Lightning's bar, counting epochs under a name of its own: hundreds of short epochs share one line.
+
+    Args:
+        name: what stands before the bar.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def on_train_start(self, trainer: Any, *args: Any) -> None:
+        """Count to the number of epochs."""
+        super().on_train_start(trainer, *args)
+        self.train_progress_bar.reset(trainer.max_epochs)
+        self.train_progress_bar.set_description(self.name)
+
+    def on_train_epoch_start(self, *args: Any) -> None:
+        """Keep the line."""
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        """Keep the line."""
+
+    def on_train_epoch_end(self, *args: Any) -> None:
+        """Count."""
+        self.train_progress_bar.update(1)
 
 
 class Table(NamedTuple):

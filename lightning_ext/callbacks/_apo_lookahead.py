@@ -34,6 +34,26 @@ def refuse_sharded(trainer: Trainer, who: str) -> None:
             )
 
 
+def check_indices(optimizers: Literal["all"] | list[int]) -> Literal["all"] | list[int]:
+    """``"all"``, or a list of indices."""
+    if optimizers != "all" and (not optimizers or not all(isinstance(i, int) and i >= 0 for i in optimizers)):
+        raise ValueError(f"optimizers must be 'all' or a list of indices from 0 on; got {optimizers!r}.")
+    return optimizers
+
+
+def chosen_optimizers(trainer: Trainer, optimizers: Literal["all"] | list[int], who: str) -> list[int]:
+    """Indices of the chosen optimizers, which must exist."""
+    available = range(len(trainer.optimizers))
+    if not available:
+        raise MisconfigurationException(f"{who}: the module has no optimizer; return one from configure_optimizers.")
+    chosen = list(available) if optimizers == "all" else list(optimizers)
+    if any(i not in available for i in chosen):
+        raise MisconfigurationException(
+            f"{who}: optimizers={optimizers}, but the module has {len(available)} of them, counted from 0."
+        )
+    return chosen
+
+
 class LookAhead:
     """Keeps B and B', and builds the proximal objective of the coming step.
 

@@ -1,7 +1,6 @@
 """Learning rates that find themselves while a Trainer trains."""
 
 import math
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -13,7 +12,7 @@ from torch.utils.data import DataLoader
 from lightning_ext._lightning import Callback, LightningModule, MisconfigurationException, Trainer
 from lightning_ext.callbacks._apo_divergence import Divergence
 from lightning_ext.callbacks._apo_linear import check_linear
-from lightning_ext.callbacks._apo_lookahead import BatchFn, LookAhead, refuse_sharded
+from lightning_ext.callbacks._apo_lookahead import BatchFn, LookAhead, check_indices, chosen_optimizers, refuse_sharded
 from lightning_ext.callbacks._apo_options import RateOptions, check, one_of
 from lightning_ext.callbacks._apo_rates import RateController
 
@@ -38,9 +37,8 @@ class APOLearningRate(Callback):
     meta-step with logging muted, the same dropout masks, and random states, buffers, modes and metrics put back.
 
     Args:
-        lam_f: :math:`\lambda_F \ge 0`, the weight of the change of the outputs; 1 is a natural-gradient-like step for a
-            divergence that belongs to the loss. ``"auto"`` steers it so that the change per step is ``trust_radius``
-            times the loss.
+        lam_f: :math:`\lambda_F \ge 0`, the weight of the change of the outputs; larger is more cautious. ``"auto"`` steers
+            it so that the change per step is ``trust_radius`` times the loss.
         lam_w: :math:`\lambda_W \ge 0`, the weight of the change of the weights.
         trust_radius: for ``lam_f="auto"`` the wanted :math:`D_F / J_B`, above 0.
         every_n_steps: K, optimizer steps per meta-step, at least 1.
@@ -99,9 +97,9 @@ class APOLearningRate(Callback):
 
     def __init__(
         self,
-        lam_f: float | Literal["auto"] = 1.0,
+        lam_f: float | Literal["auto"] = 0.3,
         lam_w: float = 1e-3,
-        trust_radius: float = 0.01,
+        trust_radius: float = 0.05,
         every_n_steps: int = 10,
         warmup_steps: int = 50,
         meta_lr: float = 0.1,
@@ -137,9 +135,7 @@ class APOLearningRate(Callback):
         )
         check(self.options)
         one_of("on_scheduler", on_scheduler, ("error", "multiply"))
-        if optimizers != "all" and (not optimizers or not all(isinstance(i, int) and i >= 0 for i in optimizers)):
-            raise ValueError(f"optimizers must be 'all' or a list of indices from 0 on; got {optimizers!r}.")
-        self.optimizers, self.on_scheduler = optimizers, on_scheduler
+        self.optimizers, self.on_scheduler = check_indices(optimizers), on_scheduler
         self.look_ahead = LookAhead(
             type(self).__name__,
             output_fn=output_fn,
@@ -176,7 +172,7 @@ class APOLearningRate(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the optimizers and schedulers before anything runs."""
-        for index in self._chosen(trainer):
+        for index in chosen_optimizers(trainer, self.optimizers, type(self).__name__):
             optimizer = trainer.optimizers[index]
             check_linear(optimizer, type(self).__name__)
             self._check_scheduler(trainer, optimizer)
@@ -188,7 +184,7 @@ class APOLearningRate(Callback):
         names = {id(p): name for name, p in pl_module.named_parameters()}
         self._schedulers = {id(config.scheduler) for config in trainer.lr_scheduler_configs}
         self.look_ahead.start(trainer, pl_module)
-        for index in self._chosen(trainer):
+        for index in chosen_optimizers(trainer, self.optimizers, type(self).__name__):
             optimizer = trainer.optimizers[index]
             controller = RateController(
                 optimizer,
@@ -204,20 +200,6 @@ class APOLearningRate(Callback):
             self._hooks.append(optimizer.register_step_pre_hook(lambda *_, c=controller: c.enter_step()))
             self._hooks.append(optimizer.register_step_post_hook(lambda *_, c=controller: self._after(c)))
         self._restored = False
-
-    def _chosen(self, trainer: Trainer) -> Sequence[int]:
-        available = range(len(trainer.optimizers))
-        if self.optimizers == "all":
-            if not available:
-                raise MisconfigurationException(f"{type(self).__name__}: the module has no optimizer to adapt.")
-            return available
-        missing = [i for i in self.optimizers if i not in available]
-        if missing:
-            raise MisconfigurationException(
-                f"{type(self).__name__}: optimizers={self.optimizers}, but the module has {len(available)} of them, "
-                "counted from 0."
-            )
-        return [int(i) for i in self.optimizers]
 
     def _check_scheduler(self, trainer: Trainer, optimizer: Optimizer) -> None:
         if self.on_scheduler == "multiply":

@@ -1,5 +1,6 @@
 """LightningModules to subclass or to run."""
 
+from lightning_ext.modules.classifier import Classifier
 from lightning_ext.modules.mrvae import AtBeta, MultiRateMixin, MultiRateVAE
 from lightning_ext.modules.mrvae_base import BaseVAE, RateDistortion
 from lightning_ext.modules.mrvae_baselines import GECOVAE, BetaVAE, FreeBitsVAE, SigmaVAE
@@ -11,6 +12,7 @@ __all__ = [
     "AtBeta",
     "BaseVAE",
     "BetaVAE",
+    "Classifier",
     "FreeBitsVAE",
     "MultiRateMixin",
     "MultiRateVAE",

@@ -1,5 +1,6 @@
 """Layers and model parts: plain ``torch.nn.Module``."""
 
+from lightning_ext.nn.mlp import MLP
 from lightning_ext.nn.mrvae import LogUniformBeta, RateContext
 from lightning_ext.nn.mrvae_convert import (
     convert_to_multirate,
@@ -19,6 +20,7 @@ from lightning_ext.nn.mrvae_nets import (
 )
 
 __all__ = [
+    "MLP",
     "GatedFiLM",
     "LadderDecoder",
     "LadderEncoder",
