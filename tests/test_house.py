@@ -17,7 +17,7 @@ from lightning_ext._lightning import BACKEND
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "lightning_ext"
-KINDS = ("callbacks", "data", "functional", "metrics", "modules", "nn")
+KINDS = ("callbacks", "data", "functional", "metrics", "modules", "nn", "optim")
 STEMS = sorted(path.stem for path in (ROOT / "callbacks").glob("*.yaml"))
 FILES = sorted(path.relative_to(ROOT) for path in PACKAGE.rglob("*.py"))
 

@@ -79,7 +79,6 @@ class RateController:
         self.lam_f = 1.0 if options.lam_f == "auto" else options.lam_f
         self.count = self.meta_count = self.rejections = 0
         self.report: dict[str, float] = {}
-        self.fresh = False  # whether the report is of this batch
         self.paused = False  # another component has taken the learning rate over
         self._pending: Pending | None = None
         self._carried: list[Tensor] | None = None
@@ -302,7 +301,6 @@ class RateController:
         suffix = f"/{self.index}" if self.index else ""
         kept = {f"{k}{suffix}": v for k, v in found.items() if not math.isnan(v)}
         self.report = {**named, **kept, f"apo/rejected{suffix}": float(self.rejections)}
-        self.fresh = True
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next meta-step depends on; learning rates themselves are in the optimizer's state."""

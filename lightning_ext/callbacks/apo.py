@@ -12,7 +12,14 @@ from torch.utils.data import DataLoader
 from lightning_ext._lightning import Callback, LightningModule, MisconfigurationException, Trainer
 from lightning_ext.callbacks._apo_divergence import Divergence
 from lightning_ext.callbacks._apo_linear import check_linear
-from lightning_ext.callbacks._apo_lookahead import BatchFn, LookAhead, check_indices, chosen_optimizers, refuse_sharded
+from lightning_ext.callbacks._apo_lookahead import (
+    BatchFn,
+    LookAhead,
+    check_indices,
+    chosen_optimizers,
+    is_logging_step,
+    refuse_sharded,
+)
 from lightning_ext.callbacks._apo_options import RateOptions, check, one_of
 from lightning_ext.callbacks._apo_rates import RateController
 
@@ -37,8 +44,8 @@ class APOLearningRate(Callback):
     meta-step with logging muted, the same dropout masks, and random states, buffers, modes and metrics put back.
 
     Args:
-        lam_f: :math:`\lambda_F \ge 0`, the weight of the change of the outputs; larger is more cautious. ``"auto"`` steers
-            it so that the change per step is ``trust_radius`` times the loss.
+        lam_f: :math:`\lambda_F \ge 0`, the weight of the change of the outputs; larger is more cautious. ``"auto"``
+            steers it so that the change per step is ``trust_radius`` times the loss.
         lam_w: :math:`\lambda_W \ge 0`, the weight of the change of the weights.
         trust_radius: for ``lam_f="auto"`` the wanted :math:`D_F / J_B`, above 0.
         every_n_steps: K, optimizer steps per meta-step, at least 1.
@@ -72,9 +79,10 @@ class APOLearningRate(Callback):
             schedule-free, Prodigy, D-Adaptation), a scheduler without ``on_scheduler="multiply"``, FSDP, DeepSpeed,
             manual optimisation without ``loss_fn``. At the first look-ahead: outputs or a loss that cannot be had.
 
-    Logs (with the step, at every meta-step): ``apo/lr/<optimizer>/<group or layer>``, ``apo/Q``,
-    ``apo/loss_lookahead``, ``apo/fsd`` (nats, or squared units), ``apo/wsd``, ``apo/meta_grad``, ``apo/rejected``
-    (count), and ``apo/lam_f`` for ``"auto"``. Optimizers after the first have their index appended.
+    Logs, of the last meta-step, whenever the Trainer logs and at the end of an epoch:
+    ``apo/lr/<optimizer>/<group or layer>``, ``apo/Q``, ``apo/loss_lookahead``, ``apo/fsd`` (nats, or squared units),
+    ``apo/wsd``, ``apo/meta_grad``, ``apo/rejected`` (count), and ``apo/lam_f`` for ``"auto"``. Optimizers after the
+    first have their index appended.
 
     Note:
         Cost per meta-step: one forward and backward pass on :math:`B`, two forward and one backward on the part of
@@ -230,7 +238,6 @@ class APOLearningRate(Callback):
         """Keep B, and the random state with which the training pass on it will start."""
         due = False
         for controller in self._controllers.values():
-            controller.fresh = False
             due = due or controller.due
         if {id(config.scheduler) for config in trainer.lr_scheduler_configs} != self._schedulers:
             self._stand_back()
@@ -269,14 +276,10 @@ class APOLearningRate(Callback):
     ) -> None:
         """Log what the last meta-step found, and keep the batch for the next one."""
         self.look_ahead.batch_done()
-        shown: dict[str, float] = {}
-        every: int = max(trainer.log_every_n_steps, 1)  # type: ignore[attr-defined]
-        logging_step = trainer.global_step % every == 0 or trainer.is_last_batch
-        for controller in self._controllers.values():
-            if controller.report and (controller.fresh or logging_step):
-                shown |= controller.report
-        if shown:
-            pl_module.log_dict(shown, on_step=True, on_epoch=False, batch_size=1)
+        if is_logging_step(trainer):
+            found = {key: value for c in self._controllers.values() for key, value in c.report.items()}
+            if found:
+                pl_module.log_dict(found, on_step=True, on_epoch=False, batch_size=1)
 
     # -- leaving
 

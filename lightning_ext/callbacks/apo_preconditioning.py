@@ -8,7 +8,14 @@ from torch.utils.data import DataLoader
 
 from lightning_ext._lightning import Callback, LightningModule, MisconfigurationException, Trainer
 from lightning_ext.callbacks._apo_divergence import Divergence
-from lightning_ext.callbacks._apo_lookahead import BatchFn, LookAhead, check_indices, chosen_optimizers, refuse_sharded
+from lightning_ext.callbacks._apo_lookahead import (
+    BatchFn,
+    LookAhead,
+    check_indices,
+    chosen_optimizers,
+    is_logging_step,
+    refuse_sharded,
+)
 from lightning_ext.optim import APOPreconditioner
 
 __all__ = ["APOPreconditioning"]
@@ -19,7 +26,7 @@ class APOPreconditioning(Callback):
 
     Whenever the optimizer's meta-step is due, the callback gives it the proximal objective of the step: the training
     loss on the batch B of the step and the divergence of the outputs on another batch :math:`B'`, see
-    :class:`APOLearningRate`. The optimizer looks ahead, updates the preconditioner, and makes its step with the new one.
+    :class:`APOLearningRate`. The optimizer looks ahead, updates the preconditioner, and steps with the new one.
 
     Args:
         fsd_batch: where :math:`B'` comes from: the ``"previous"`` batch, random examples of the training ``"loader"``'s
@@ -36,8 +43,9 @@ class APOPreconditioning(Callback):
         MisconfigurationException: When training starts: no ``APOPreconditioner`` among the module's optimizers, FSDP,
             DeepSpeed, manual optimisation without ``loss_fn``.
 
-    Logs (with the step, at every meta-step): ``apo/Q``, ``apo/loss_lookahead``, ``apo/fsd``, ``apo/wsd``,
-    ``apo/rejected`` (1 where the last meta-step was rejected). Optimizers after the first have their index appended.
+    Logs, of the last meta-step, whenever the Trainer logs and at the end of an epoch: ``apo/Q``,
+    ``apo/loss_lookahead``, ``apo/fsd``, ``apo/wsd``, ``apo/rejected`` (1 where the last meta-step was rejected).
+    Optimizers after the first have their index appended.
 
     Note:
         Cost per meta-step: a forward pass without and one with gradient on B and on B' each, and two backward passes.
@@ -126,15 +134,12 @@ class APOPreconditioning(Callback):
     ) -> None:
         """Log what the last meta-step found, and keep the batch for the next one."""
         self.look_ahead.batch_done()
-        fresh = False
         for index, optimizer in self._fed.values():
             found, optimizer.last_meta_step = optimizer.last_meta_step, None
             if found is not None:
-                fresh = True
                 suffix = f"/{index}" if index else ""
                 self._report |= {f"apo/{_KEYS.get(name, name)}{suffix}": float(v) for name, v in found.items()}
-        every: int = max(trainer.log_every_n_steps, 1)  # type: ignore[attr-defined]
-        if self._report and (fresh or trainer.global_step % every == 0 or trainer.is_last_batch):
+        if self._report and is_logging_step(trainer):
             pl_module.log_dict(self._report, on_step=True, on_epoch=False, batch_size=1)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
