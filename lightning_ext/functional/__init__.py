@@ -9,6 +9,14 @@ from lightning_ext.functional.apo import (
     sgd_log_step,
     trust_region_weight,
 )
+from lightning_ext.functional.apo_preconditioner import (
+    MetaStep,
+    PreconditionerGradients,
+    apply_preconditioner,
+    multiplicative_meta_step,
+    preconditioner_gradients,
+    rotate_gradient,
+)
 from lightning_ext.functional.counter_rng import fold_in, seeded_generator
 from lightning_ext.functional.divergences import (
     bernoulli_kl,
@@ -64,9 +72,12 @@ __all__ = [
     "LinearGates",
     "LinearOptimum",
     "MIGResult",
+    "MetaStep",
+    "PreconditionerGradients",
     "ProximalObjective",
     "ProximalStep",
     "active_units",
+    "apply_preconditioner",
     "at_least_float32",
     "bernoulli_distortion",
     "bernoulli_kl",
@@ -89,12 +100,15 @@ __all__ = [
     "mean_squared_error",
     "merge_moments",
     "moments_variance",
+    "multiplicative_meta_step",
     "mutual_information_gap",
     "pareto_front",
+    "preconditioner_gradients",
     "rate_at",
     "rate_distortion_auc",
     "reverse_waterfilling",
     "rmsprop_log_step",
+    "rotate_gradient",
     "secant_log_step",
     "seeded_generator",
     "sgd_log_step",

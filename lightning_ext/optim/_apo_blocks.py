@@ -1,0 +1,214 @@
+"""One block of an APO preconditioner: the parameters it covers, its factors, and what a step does with them."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_ext.functional.apo_preconditioner import (
+    apply_preconditioner,
+    multiplicative_meta_step,
+    preconditioner_gradients,
+    rotate_gradient,
+)
+
+_SHRINKAGE = 0.5**0.5  # of S at a rejected meta-step: half the learning rate
+_ADAM_BETAS = (0.9, 0.999)
+_ADAM_EPS = 1e-8
+
+
+def at_least_single(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of what must neither underflow nor stop moving: scales, norms and moments."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def has_gradient(p: Tensor) -> bool:
+    """Whether there is anything to step along."""
+    return p.grad is not None and p.numel() > 0
+
+
+def _dense_gradient(p: Tensor) -> Tensor:
+    if p.grad is None or p.grad.layout != torch.strided:
+        raise RuntimeError(
+            f"APOPreconditioner does not support sparse gradients; a parameter of shape {tuple(p.shape)} has one. Use "
+            "nn.Embedding(..., sparse=False)."
+        )
+    return p.grad
+
+
+class Products:
+    r"""A Kronecker block multiplied out, :math:`s^2 BB^\top` and :math:`AA^\top`, while its factors stay what they are.
+
+    Multiplying a side of d out costs :math:`d^3` per meta-step and saves :math:`d^2 \cdot \text{other}` per step, so a
+    side much wider than the other one is left as it is.
+    """
+
+    def __init__(self, A: Tensor, B: Tensor, S: Tensor, every_n_steps: int) -> None:
+        self._factors = (A, B, S)
+        self._versions = tuple(factor._version for factor in self._factors)
+        self._right = self._side(A, len(B), every_n_steps)
+        first, *rest = self._side(B, len(A), every_n_steps)
+        self._left = ((first * S.square()).to(first.dtype), *rest)
+
+    @staticmethod
+    def _side(factor: Tensor, other: int, every_n_steps: int) -> tuple[Tensor, ...]:
+        if factor.ndim == 1:
+            return (factor.square(),)
+        return (factor, factor.mT) if len(factor) > every_n_steps * other else (factor @ factor.mT,)
+
+    def made_from(self, *factors: Tensor) -> bool:
+        """Whether these factors, with the values they have now, are the ones that were multiplied."""
+        same = all(old is new for old, new in zip(self._factors, factors, strict=True))
+        return same and self._versions == tuple(factor._version for factor in factors)
+
+    def __call__(self, gradient: Tensor) -> Tensor:
+        """Precondition a gradient matrix."""
+        for factor in self._right:
+            gradient = gradient @ factor if factor.ndim == 2 else gradient * factor
+        for factor in reversed(self._left):
+            gradient = factor @ gradient if factor.ndim == 2 else factor[:, None] * gradient
+        return gradient
+
+
+class Block:
+    """A weight with the bias that shares its preconditioner, or a parameter of its own.
+
+    Args:
+        weight: parameter whose state holds the factors.
+        bias: parameter that is the last input column of the weight's matrix, or ``None``.
+        structure: ``"kron"``, ``"ekfac"`` or ``"diag"``.
+        group: options.
+        state: state of the weight; filled with identity factors where it is empty.
+    """
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, structure: str, group: dict[str, Any], state: dict[str, Any]
+    ) -> None:
+        self.weight, self.bias, self.structure, self.group, self.state = weight, bias, structure, group, state
+        self.params = [p for p in (weight, bias) if p is not None and has_gradient(p)]
+        self.gradients = [_dense_gradient(p) for p in self.params]
+        self._rotated: Tensor | None = None
+        if "S" not in state:
+            state.update(self._identity())
+
+    @staticmethod
+    def factor_shapes(weight: Tensor, bias: Tensor | None, structure: str, max_dim: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of the factors of a parameter."""
+        if structure == "diag":
+            return {"S": tuple(weight.shape)}
+        out, rest = len(weight), weight[0].numel() + (bias is not None)
+        shapes: dict[str, tuple[int, ...]] = {"S": () if structure == "kron" else (out, rest)}
+        for name, width in (("A", rest), ("B", out)):
+            if width <= max_dim:
+                shapes[name] = (width, width)
+            elif structure == "kron":  # a scale of shape (out, in) holds any diagonal factor already
+                shapes[name] = (width,)
+        return shapes
+
+    def _identity(self) -> dict[str, Any]:
+        dtype = getattr(torch, self.group["precond_dtype"] or "", self.weight.dtype)
+        wide, device = at_least_single(dtype), self.weight.device
+        state: dict[str, Any] = {}
+        shapes = self.factor_shapes(self.weight, self.bias, self.structure, self.group["max_dim"])
+        for name, shape in shapes.items():
+            if name != "S" and len(shape) == 2:
+                state[name] = torch.eye(shape[0], dtype=dtype, device=device)
+            else:
+                state[name] = torch.ones(shape, dtype=wide if name == "S" else dtype, device=device)
+        if self.group["meta_update"] == "multiplicative":
+            state["norms"] = torch.zeros(3, dtype=wide, device=device)
+        return state
+
+    @property
+    def _factors(self) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        return self.state.get("A"), self.state.get("B"), self.state["S"]
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        A, B, _ = self._factors
+        given = A if A is not None else B
+        return getattr(torch, self.group["precond_dtype"] or "", self.weight.dtype) if given is None else given.dtype
+
+    def _matrix(self, values: list[Tensor]) -> Tensor:
+        """Arrange one value per live parameter as the matrix that the factors multiply."""
+        if self.structure == "diag":
+            return values[0].to(self._dtype)
+        by_id = {id(p): value for p, value in zip(self.params, values, strict=True)}
+        weight = by_id.get(id(self.weight))
+        matrix = (torch.zeros_like(self.weight) if weight is None else weight).reshape(len(self.weight), -1)
+        if self.bias is not None:
+            bias = by_id.get(id(self.bias))
+            matrix = torch.cat([matrix, (torch.zeros_like(self.bias) if bias is None else bias)[:, None]], 1)
+        return matrix.to(self._dtype)
+
+    def _parts(self, matrix: Tensor) -> list[Tensor]:
+        """Undo :meth:`_matrix`."""
+        if self.structure == "diag":
+            return [matrix]
+        weight = matrix if self.bias is None else matrix[:, :-1]
+        return [weight.reshape(p.shape) if p is self.weight else matrix[:, -1] for p in self.params]
+
+    def precondition(self, values: list[Tensor], cache: dict[Tensor, Products]) -> list[Tensor]:
+        """Apply the preconditioner to one value per live parameter."""
+        A, B, S = self._factors
+        gradient = self._matrix(values)
+        if self.structure != "kron" or A is None or B is None:
+            return self._parts(apply_preconditioner(gradient, A, B, S))
+        if self.weight not in cache or not cache[self.weight].made_from(A, B, S):
+            cache[self.weight] = Products(A, B, S, self.group["every_n_steps"])
+        return self._parts(cache[self.weight](gradient))
+
+    def look_ahead(self, values: list[Tensor]) -> list[Tensor]:
+        """Apply the preconditioner, and keep the rotated gradient for the meta-step."""
+        A, B, S = self._factors
+        gradient = self._matrix(values)
+        self._rotated = rotate_gradient(gradient, A, B)
+        return self._parts(apply_preconditioner(gradient, A, B, S, rotated=self._rotated))
+
+    def shrink(self) -> None:
+        """Halve the preconditioner."""
+        self._rotated = None
+        if self.group["meta_lr"] > 0:
+            self.state["S"].mul_(_SHRINKAGE)
+
+    def meta_step(self, values: list[Tensor], cotangents: list[Tensor]) -> None:
+        """Update the factors by the gradient of the objective at the look-ahead point."""
+        rotated, self._rotated = self._rotated, None
+        if self.group["meta_lr"] == 0:
+            return
+        if self.group["meta_update"] == "adam":
+            self._adam_step(self._matrix(values), self._matrix(cotangents))
+        elif rotated is not None:
+            self._multiplicative_step(rotated, self._matrix(cotangents))
+
+    def _multiplicative_step(self, M: Tensor, cotangent: Tensor) -> None:
+        A, B, S = self._factors
+        N = rotate_gradient(cotangent, A, B)
+        magnitude: float | Tensor = 1.0
+        if M.dtype in (torch.float16, torch.bfloat16):  # products of two gradients underflow
+            size_m, size_n = (torch.linalg.vector_norm(x, dtype=torch.float32) for x in (M, N))
+            tiny = torch.finfo(torch.float32).tiny
+            M, N = ((x / size.clamp_min(tiny)).to(x.dtype) for x, size in ((M, size_m), (N, size_n)))
+            magnitude = size_m * size_n
+        step = multiplicative_meta_step(M, N, A, B, S, self.state["norms"], self.group["meta_lr"], magnitude=magnitude)
+        self.state.update({name: value for name, value in step._asdict().items() if value is not None})
+
+    def _adam_step(self, gradient: Tensor, cotangent: Tensor) -> None:
+        wide = at_least_single(gradient.dtype)
+        A, B, S = (None if factor is None else factor.to(wide) for factor in self._factors)
+        assert S is not None
+        # The scale starts at 1 and not at sqrt(lr): its gradient and its step are those of the paper's, over sqrt(lr).
+        found = preconditioner_gradients(gradient.to(wide) * float(self.group["lr"]), cotangent.to(wide), A, B, S)
+        self.state["meta_step"] = count = self.state.get("meta_step", 0) + 1
+        for name, slope in found._asdict().items():
+            if slope is not None:
+                rate = self.group["meta_lr"] / (self.group["reference_lr"] ** 0.5 if name == "S" else 1.0)
+                self.state[name].sub_(self._adam_direction(name, slope, count), alpha=rate)
+
+    def _adam_direction(self, name: str, slope: Tensor, count: int) -> Tensor:
+        first: Tensor = self.state.setdefault(f"{name}_exp_avg", torch.zeros_like(slope))
+        second: Tensor = self.state.setdefault(f"{name}_exp_avg_sq", torch.zeros_like(slope))
+        first.lerp_(slope, 1 - _ADAM_BETAS[0])
+        second.mul_(_ADAM_BETAS[1]).addcmul_(slope, slope, value=1 - _ADAM_BETAS[1])
+        unbiased = (second / (1 - _ADAM_BETAS[1] ** count)).sqrt_().add_(_ADAM_EPS)
+        return first / (1 - _ADAM_BETAS[0] ** count) / unbiased

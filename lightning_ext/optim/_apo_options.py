@@ -1,0 +1,62 @@
+"""Checks of the options of an APO preconditioner's parameter groups."""
+
+import math
+from typing import Any
+
+_SHARED = ("lam_f", "lam_w", "every_n_steps")
+_AT_LEAST = {
+    "lam_f": 0,
+    "lam_w": 0,
+    "weight_decay": 0,
+    "meta_lr": 0,
+    "momentum": 0,
+    "max_dim": 0,
+    "every_n_steps": 1,
+}
+_WHOLE = ("every_n_steps", "max_dim")
+_CHOICES: dict[str, tuple[str | None, ...]] = {
+    "structure": ("kron", "ekfac", "diag"),
+    "meta_update": ("multiplicative", "adam"),
+    "precond_dtype": (None, "float16", "bfloat16", "float32", "float64"),
+}
+
+
+def check_group(group: dict[str, Any], first: dict[str, Any]) -> None:
+    """Refuse a group with options or parameters that make no sense, or that differs from the first where none may.
+
+    Raises:
+        ValueError: With the option, what came and what to do.
+    """
+    for name, choices in _CHOICES.items():
+        if group[name] not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {group[name]!r}.")
+    _check_ranges(group)
+    for name in _SHARED:
+        if group[name] != first[name]:
+            raise ValueError(
+                f"{name} must be the same in all parameter groups; got {group[name]} and {first[name]}. There is one "
+                "objective for all of them."
+            )
+    for p in group["params"]:
+        if p.is_complex():
+            raise ValueError(
+                f"APOPreconditioner does not support complex parameters; got one of shape {tuple(p.shape)}. Train its "
+                "real view (torch.view_as_real)."
+            )
+
+
+def _check_ranges(group: dict[str, Any]) -> None:
+    for name, bound in _AT_LEAST.items():
+        if not (math.isfinite(group[name]) and group[name] >= bound):
+            raise ValueError(f"{name} must be at least {bound}; got {group[name]}.")
+    for name in _WHOLE:
+        if int(group[name]) != group[name]:
+            raise ValueError(f"{name} must be a whole number; got {group[name]}.")
+    if not (math.isfinite(group["lr"]) and group["lr"] > 0):
+        raise ValueError(f"lr must be above 0; got {group['lr']}.")
+    below_one = ("momentum", "meta_lr") if group["meta_update"] == "multiplicative" else ("momentum",)
+    for name in below_one:
+        if group[name] >= 1:
+            raise ValueError(f"{name} must be below 1; got {group[name]}.")
+    if group["lam_f"] == group["lam_w"] == 0:
+        raise ValueError("lam_f and lam_w are both 0: nothing would hold the step back. Give one of them a value.")
