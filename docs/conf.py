@@ -66,6 +66,7 @@ KINDS = {
     "modules": "Modules",
     "metrics": "Metrics",
     "nn": "Layers",
+    "optim": "Optimizers",
     "data": "Data",
     "functional": "Functions",
     "testing": "Testing",

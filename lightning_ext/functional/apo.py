@@ -120,10 +120,10 @@ class ProximalObjective:
             moved = [d.to(p.dtype) for p, d in zip(params, displacement, strict=True)]
             v = [torch.zeros_like(p) if g is None else g for p, g in zip(params, grads, strict=True)]
             if self.grad_scale != 1.0:
-                torch._foreach_div_(v, self.grad_scale)
+                v = list(torch._foreach_div(v, self.grad_scale))
             wsd = 0.5 * inner_products(moved, moved).sum()
-            if lam_w and v:
-                torch._foreach_add_(v, moved, alpha=lam_w)
+            if lam_w and v:  # not in place: autograd may return one tensor for two parameters
+                v = list(torch._foreach_add(v, moved, alpha=lam_w))
             return ProximalStep(loss.detach(), fsd.detach(), wsd, total.detach() + lam_w * wsd, v)
 
 
