@@ -4,7 +4,6 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -39,7 +38,7 @@ def undisturbed(pl_module: LightningModule) -> Iterator[None]:
     modules = list(pl_module.modules())
     modes = [module.training for module in modules]
     buffers = [
-        (module, name, buffer, buffer._version, buffer.clone())
+        (module, name, buffer, buffer.clone())
         for module in modules
         for name, buffer in module._buffers.items()
         if buffer is not None
@@ -49,11 +48,9 @@ def undisturbed(pl_module: LightningModule) -> Iterator[None]:
         with quietly(pl_module):
             yield
     finally:
-        with torch.no_grad():
-            for module, name, buffer, version, value in buffers:
-                module._buffers[name] = buffer
-                if buffer._version != version:  # an untouched buffer may be part of a graph that is still needed
-                    buffer.copy_(value)
+        for module, name, buffer, value in buffers:
+            module._buffers[name] = buffer
+            buffer.data.copy_(value)  # through .data: a graph that is still needed may have saved the buffer
         for metric, attributes in metrics:
             vars(metric).update(attributes)
         for module, mode in zip(modules, modes, strict=True):

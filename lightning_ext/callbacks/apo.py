@@ -118,7 +118,7 @@ class APOLearningRate(Callback):
         apply: Literal["before", "after"] = "before",
         loss_batch: Literal["same", "next"] = "same",
         fsd_batch: Literal["previous", "loader"] | DataLoader = "previous",  # type: ignore[type-arg]
-        fsd_fraction: float = 0.25,
+        fsd_fraction: float = 0.125,
         output_fn: BatchFn | None = None,
         loss_fn: BatchFn | None = None,
         divergence: str | Divergence = "auto",
