@@ -168,21 +168,23 @@ class RateController:
         """The weights have moved: look, adapt, and move them again in proportion."""
         pending, self._pending = self._pending, None
         if pending is not None:
+            moved = list(torch._foreach_sub([p.detach() for p in pending.params], pending.old))
             if self.by_layer:
-                self._move(pending, [float(m) for m in self.multiplier])
+                self._rescale(pending.params, moved, [float(m) for m in self.multiplier])
             if pending.objective is not None:
-                self._look(pending, pending.objective)
+                self._look(pending, moved, pending.objective)
             elif self.due and self.options.loss_batch == "next":
-                new = [p.detach() for p in pending.params]
-                self._carry(pending.params, list(torch._foreach_sub(new, pending.old)))
+                self._carry(pending.params, moved)
         self.count += 1
 
-    def _move(self, pending: Pending, ratios: Sequence[float]) -> None:
-        r"""Scale the step of every block: :math:`\theta \leftarrow \theta_t + r (\theta - \theta_t)`."""
+    def _rescale(self, params: list[Tensor], moved: list[Tensor], ratios: Sequence[float]) -> None:
+        r"""Scale the step of every block, :math:`\theta \leftarrow \theta_t + r \Delta`, and :math:`\Delta` with it."""
         where = {id(p): ratio for block, ratio in zip(self.blocks, ratios, strict=True) for p in block.params}
-        for param, old in zip(pending.params, pending.old, strict=True):
-            if (ratio := where[id(param)]) != 1.0:
-                param.copy_(torch.lerp(old, param, ratio))
+        for ratio in set(ratios) - {1.0}:
+            chosen = [(p, m) for p, m in zip(params, moved, strict=True) if where[id(p)] == ratio]
+            if chosen:
+                torch._foreach_add_([p for p, _ in chosen], [m for _, m in chosen], alpha=ratio - 1.0)
+                torch._foreach_mul_([m for _, m in chosen], ratio)
 
     def _per_block(self, params: Sequence[Tensor], products: Tensor) -> Tensor:
         """Sum one number per parameter within each block, in float64 where the device has it."""
@@ -191,20 +193,21 @@ class RateController:
         index = torch.tensor([where[id(p)] for p in params], device=wide.device)
         return wide.new_zeros(len(self.blocks)).index_add(0, index, wide)
 
-    def _look(self, pending: Pending, objective: ProximalObjective) -> None:
-        params = pending.params
-        moved = list(torch._foreach_sub([p.detach() for p in params], pending.old))
-        step = objective.gradient(params, moved, lam_f=self.lam_f, lam_w=self.options.lam_w)
-        slopes = [self._per_block(params, inner_products(step.gradient, moved))]
+    def _look(self, pending: Pending, moved: list[Tensor], objective: ProximalObjective) -> None:
+        params, lam_w = pending.params, self.options.lam_w
+        # Without lam_w in the gradient: its part of the slopes follows from the squares, a pass over the weights less.
+        step = objective.gradient(params, moved, lam_f=self.lam_f, lam_w=0.0)
+        slopes = [self._per_block(params, inner_products(step.gradient, moved) + lam_w * step.squares)]
         if pending.grads is not None:
             slopes.append(self._per_block(params, inner_products(pending.grads, moved)))
         wide = slopes[0].dtype
-        scalars = torch.stack([t.to(wide) for t in (step.loss, step.fsd, step.wsd, step.value)])
+        scalars = torch.stack([t.to(wide) for t in (step.loss, step.fsd, step.wsd)])
         # Sums over parameters are linear, so the mean of the ranks' products is the product with the mean gradient; a
         # rank that is not finite makes the mean so, and all ranks decide alike.
         numbers = self.reduce(torch.cat([*slopes, scalars])).double().cpu()
         n = len(self.blocks)
-        loss, fsd, wsd, value = numbers[-4:].tolist()
+        loss, fsd, wsd = numbers[-3:].tolist()
+        value = loss + self.lam_f * fsd + lam_w * wsd
         if not numbers.isfinite().all():
             self._reject(pending, moved, loss, value)
             return
@@ -213,7 +216,7 @@ class RateController:
         before = numbers[n : 2 * n] if pending.grads is not None else None
         ratios = self._adapt(numbers[:n], before)
         if self.options.apply == "before":
-            self._move(pending, ratios)
+            self._rescale(params, moved, ratios)
         if self.options.lam_f == "auto":
             self.lam_f = trust_region_weight(self.lam_f, fsd, self.options.trust_radius * max(abs(loss), 1e-12))
         self._tell(loss, fsd, wsd, value, numbers[:n])
@@ -249,7 +252,7 @@ class RateController:
         """Take the step back to a shorter one, or wholly where it led to nothing finite."""
         self.rejections += 1
         if all(bool(m.isfinite().all()) for m in moved):
-            self._move(pending, [REJECTED] * len(self.blocks))
+            self._rescale(pending.params, moved, [REJECTED] * len(self.blocks))
         else:
             if not all(bool(old.isfinite().all()) for old in pending.old):
                 raise RuntimeError(

@@ -36,6 +36,7 @@ class ProximalStep:
         loss: :math:`J_B(\theta')`, a scalar.
         fsd: :math:`D_F(\theta', \theta; B')`, the function-space discrepancy; 0 where there is no output function.
         wsd: :math:`\tfrac12 \lVert \Delta \rVert^2`, the weight-space discrepancy.
+        squares: squared length of each parameter's displacement, ``(params,)``; ``wsd`` is half their sum.
         value: :math:`Q = J_B + \lambda_F D_F + \lambda_W D_W`.
         gradient: :math:`V = \nabla_{\theta'} Q`, one tensor per parameter; zeros where a parameter takes no part.
     """
@@ -43,6 +44,7 @@ class ProximalStep:
     loss: Tensor
     fsd: Tensor
     wsd: Tensor
+    squares: Tensor
     value: Tensor
     gradient: list[Tensor]
 
@@ -121,10 +123,11 @@ class ProximalObjective:
             v = [torch.zeros_like(p) if g is None else g for p, g in zip(params, grads, strict=True)]
             if self.grad_scale != 1.0:
                 v = list(torch._foreach_div(v, self.grad_scale))
-            wsd = 0.5 * inner_products(moved, moved).sum()
+            squares = inner_products(moved, moved)
+            wsd = 0.5 * squares.sum()
             if lam_w and v:  # not in place: autograd may return one tensor for two parameters
                 v = list(torch._foreach_add(v, moved, alpha=lam_w))
-            return ProximalStep(loss.detach(), fsd.detach(), wsd, total.detach() + lam_w * wsd, v)
+            return ProximalStep(loss.detach(), fsd.detach(), wsd, squares, total.detach() + lam_w * wsd, v)
 
 
 def inner_products(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
