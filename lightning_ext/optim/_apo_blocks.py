@@ -13,6 +13,7 @@ from lightning_ext.functional.apo_preconditioner import (
 )
 
 _SHRINKAGE = 0.5**0.5  # of S at a rejected meta-step: half the learning rate
+_HALF = (torch.float16, torch.bfloat16)
 _ADAM_BETAS = (0.9, 0.999)
 _ADAM_EPS = 1e-8
 
@@ -146,7 +147,9 @@ class Block:
         if self.structure == "diag":
             return [matrix]
         weight = matrix if self.bias is None else matrix[:, :-1]
-        return [weight.reshape(p.shape) if p is self.weight else matrix[:, -1] for p in self.params]
+        parts = [weight.reshape(p.shape) if p is self.weight else matrix[:, -1] for p in self.params]
+        # 16-bit numbers are added with another rounding where they are strided.
+        return [part.contiguous() for part in parts] if matrix.dtype in _HALF else parts
 
     def precondition(self, values: list[Tensor], cache: dict[Tensor, Products]) -> list[Tensor]:
         """Apply the preconditioner to one value per live parameter."""
@@ -185,7 +188,7 @@ class Block:
         A, B, S = self._factors
         N = rotate_gradient(cotangent, A, B)
         magnitude: float | Tensor = 1.0
-        if M.dtype in (torch.float16, torch.bfloat16):  # products of two gradients underflow
+        if M.dtype in _HALF:  # products of two gradients underflow
             size_m, size_n = (torch.linalg.vector_norm(x, dtype=torch.float32) for x in (M, N))
             tiny = torch.finfo(torch.float32).tiny
             M, N = ((x / size.clamp_min(tiny)).to(x.dtype) for x, size in ((M, size_m), (N, size_n)))
@@ -197,13 +200,14 @@ class Block:
         wide = at_least_single(gradient.dtype)
         A, B, S = (None if factor is None else factor.to(wide) for factor in self._factors)
         assert S is not None
-        # The scale starts at 1 and not at sqrt(lr): its gradient and its step are those of the paper's, over sqrt(lr).
         found = preconditioner_gradients(gradient.to(wide) * float(self.group["lr"]), cotangent.to(wide), A, B, S)
         self.state["meta_step"] = count = self.state.get("meta_step", 0) + 1
         for name, slope in found._asdict().items():
-            if slope is not None:
-                rate = self.group["meta_lr"] / (self.group["reference_lr"] ** 0.5 if name == "S" else 1.0)
-                self.state[name].sub_(self._adam_direction(name, slope, count), alpha=rate)
+            if slope is None:
+                continue
+            # The paper's scale starts at sqrt(lr), this one at 1.
+            unit = self.group["reference_lr"] ** 0.5 if name == "S" else 1.0
+            self.state[name].sub_(self._adam_direction(name, slope / unit, count), alpha=self.group["meta_lr"] / unit)
 
     def _adam_direction(self, name: str, slope: Tensor, count: int) -> Tensor:
         first: Tensor = self.state.setdefault(f"{name}_exp_avg", torch.zeros_like(slope))

@@ -159,7 +159,10 @@ class APOPreconditioner(Optimizer):
             if weight not in self._bias_of and bias not in taken:
                 self._bias_of[weight] = bias
                 taken.add(bias)
-        return [p for p in module.parameters() if p.requires_grad]
+        trainable: list[Tensor] = [p for p in module.parameters() if p.requires_grad]
+        if not trainable:
+            raise ValueError(f"the {type(module).__name__} given as params has no parameter that requires a gradient.")
+        return trainable
 
     @property
     def meta_step_due(self) -> bool:
@@ -225,7 +228,7 @@ class APOPreconditioner(Optimizer):
         warnings.warn(
             "APOPreconditioner left out a step: a gradient is not finite. If this goes on, lower lr, clip the "
             "gradients, or look for the first loss that is not finite.",
-            stacklevel=4,
+            stacklevel=5,
         )
         return False
 
@@ -279,8 +282,8 @@ class APOPreconditioner(Optimizer):
             found = objective.gradient(params, displacement, lam_f=group["lam_f"], lam_w=group["lam_w"])
         finally:
             torch._foreach_copy_(params, before)
-        rejected = self._report(found, displacement, objective.loss_at_anchor)
-        remaining = iter(found.gradient)
+        gradient, rejected = self._judge(found, displacement, objective.loss_at_anchor)
+        remaining = iter(gradient)
         for block, direction in zip(blocks, directions, strict=True):
             cotangents = [next(remaining) for _ in block.params]
             if rejected:
@@ -288,25 +291,26 @@ class APOPreconditioner(Optimizer):
             else:
                 block.meta_step(direction, cotangents)
 
-    def _report(self, found: ProximalStep, displacement: list[Tensor], loss_before: Tensor | None) -> bool:
+    def _judge(
+        self, found: ProximalStep, displacement: list[Tensor], loss_before: Tensor | None
+    ) -> tuple[list[Tensor], bool]:
         """Average the objective over ranks, keep its figures, and tell whether the meta-step is to be rejected."""
         scalars = {"loss": found.loss, "fsd": found.fsd, "wsd": found.wsd, "value": found.value}
         if loss_before is not None:
             scalars["loss_before"] = loss_before
         wide, device = at_least_single(found.value.dtype), found.value.device
         figures = torch.stack([x.detach().to(device, wide).reshape(()) for x in scalars.values()])
+        gradient = found.gradient
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            _average_over_ranks([figures, *found.gradient])
-        slope = torch.cat(
-            [inner_products([v], [d]).to(figures) for v, d in zip(found.gradient, displacement, strict=True)]
-        )
-        values = torch.cat([figures, slope.sum(0, keepdim=True)]).tolist()
+            figures, *gradient = _average_over_ranks([figures, *gradient])
+        slopes = [inner_products([v], [d]).to(figures) for v, d in zip(gradient, displacement, strict=True)]
+        values = torch.cat([figures, torch.cat(slopes).sum(0, keepdim=True)]).tolist()
         report = dict(zip([*scalars, "slope"], values, strict=True))
         # One that is not finite in a gradient shows in the slope, whatever it is multiplied by.
         finite = all(map(math.isfinite, report.values()))
         report["rejected"] = float(not finite or report["value"] > report.get("loss_before", math.inf))
         self.last_meta_step = report
-        return bool(report["rejected"])
+        return gradient, bool(report["rejected"])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up a saved state; factors, norms and moments keep the dtypes they were saved with.
@@ -337,16 +341,19 @@ class APOPreconditioner(Optimizer):
             )
 
 
-def _average_over_ranks(tensors: list[Tensor]) -> None:
-    """Average tensors over ranks in place, with one collective per dtype; half precision travels as float32."""
-    buckets: dict[torch.dtype, list[Tensor]] = {}
-    for tensor in tensors:
-        buckets.setdefault(at_least_single(tensor.dtype), []).append(tensor)
+def _average_over_ranks(tensors: list[Tensor]) -> list[Tensor]:
+    """Average tensors over ranks, with one collective per dtype; half precision travels as float32."""
+    buckets: dict[torch.dtype, list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        buckets.setdefault(at_least_single(tensor.dtype), []).append(i)
+    averages = list(tensors)
     for dtype, bucket in buckets.items():
-        flat = torch.cat([tensor.reshape(-1).to(bucket[0].device, dtype) for tensor in bucket])
+        flat = torch.cat([tensors[i].reshape(-1).to(tensors[bucket[0]].device, dtype) for i in bucket])
         dist.all_reduce(flat)
         flat /= dist.get_world_size()
         start = 0
-        for tensor in bucket:
-            tensor.copy_(flat[start : start + tensor.numel()].view_as(tensor))
-            start += tensor.numel()
+        for i in bucket:
+            old, end = tensors[i], start + tensors[i].numel()
+            averages[i] = flat[start:end].view(old.shape).to(old.device, old.dtype)
+            start = end
+    return averages
