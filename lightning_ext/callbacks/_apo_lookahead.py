@@ -148,14 +148,15 @@ class LookAhead:
             return None if self._previous is None else _part(self._previous, self.fsd_fraction)
         loader = self._loader(trainer)
         dataset, size = loader.dataset, loader.batch_size or 1
-        size = max(1, math.ceil(size * self.fsd_fraction))
+        size = max(min(size, 2), math.ceil(size * self.fsd_fraction))  # one row is too few for batch norm
         generator = torch.Generator().manual_seed(fold_in(self.seed, self.draws, trainer.global_rank))
         self.draws += 1
         chosen = torch.randint(len(dataset), (size,), generator=generator).tolist()  # type: ignore[arg-type]
         with undisturbed(pl_module):  # transforms draw from the global generators
             batch = loader.collate_fn([dataset[i] for i in chosen])
             batch = trainer.precision_plugin.convert_input(batch)
-            return trainer.strategy.batch_to_device(pl_module.on_before_batch_transfer(batch, 0), dataloader_idx=0)
+            batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)  # also that of a data module
+            return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
     def _loader(self, trainer: Trainer) -> DataLoader[Any]:
         loader = trainer.train_dataloader if self.fsd_batch == "loader" else self.fsd_batch
@@ -236,20 +237,26 @@ class LookAhead:
 
     # -- state
 
-    def state_dict(self) -> dict[str, Any]:
-        """The number of draws, and B' of every rank while it is small and made of tensors."""
+    def state_dict(self, *, collective: bool = True) -> dict[str, Any]:
+        """The number of draws, and B' of every rank while it is small and made of tensors.
+
+        With ``collective=False`` no other rank is asked, and of several ranks no batch is kept.
+        """
+        distributed = dist.is_available() and dist.is_initialized()
+        if distributed and not collective:
+            return {"draws": self.draws, "previous": None}
         previous = self._previous if self.fsd_batch == "previous" else None
         previous = None if previous is None else _part(previous, self.fsd_fraction)
         plain = _plain_bytes(previous)
         size = math.inf if plain is None else plain
-        if dist.is_available() and dist.is_initialized():
+        if distributed:
             sizes: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(sizes, size)
             size = sum(sizes)
         if size > SAVED_BATCH_LIMIT:
             return {"draws": self.draws, "previous": None}
         batches = [apply_to_collection(previous, Tensor, lambda t: t.detach().cpu().clone())]
-        if dist.is_available() and dist.is_initialized():
+        if distributed:
             mine, batches = batches[0], [None] * dist.get_world_size()
             dist.all_gather_object(batches, mine)
         return {"draws": self.draws, "previous": batches}

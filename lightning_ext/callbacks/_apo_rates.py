@@ -39,6 +39,7 @@ class Pending:
     params: list[Tensor]
     old: list[Tensor]
     grads: list[Tensor] | None
+    skippable: bool
 
 
 def blocks_of(optimizer: Optimizer, names: dict[int, str], by_layer: bool) -> list[Block]:
@@ -99,6 +100,8 @@ class RateController:
                 continue
             if self.by_layer or self.scales_group:
                 self.multiplier[i] *= ratio
+                if self._scheduled:  # within a step that is still to be made
+                    self._set(block.group, self._scheduled[block.group] * float(self.multiplier[i]))
             else:
                 self._set(block.group, float(self.optimizer.param_groups[block.group]["lr"]) * ratio)
 
@@ -144,8 +147,10 @@ class RateController:
         """Whether the meta-step compares the slopes at both ends of the step."""
         return self.options.loss_batch == "same" and (self.warming_up or self.options.meta_optimizer == "secant")
 
-    def before_step(self, make_objective: Callable[[], ProximalObjective | None], grad_scale: float) -> None:
-        """The gradient is there, the weights have not moved yet."""
+    def before_step(
+        self, make_objective: Callable[[], ProximalObjective | None], grad_scale: float, skippable: bool
+    ) -> None:
+        """The gradient is there, the weights have not moved yet; a gradient scaler may still skip the step."""
         self._pending = None
         params = [p for block in self.blocks for p in block.params if p.grad is not None and p.requires_grad]
         if self._carried is not None and params:
@@ -161,7 +166,7 @@ class RateController:
             if objective is not None and self.needs_gradient:
                 grads = [p.grad.detach() / grad_scale for p in params if p.grad is not None]
             old = [p.detach().clone() for p in params]
-            self._pending = Pending(objective, params, old, grads)
+            self._pending = Pending(objective, params, old, grads, skippable)
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -195,6 +200,8 @@ class RateController:
 
     def _look(self, pending: Pending, moved: list[Tensor], objective: ProximalObjective) -> None:
         params, lam_w = pending.params, self.options.lam_w
+        if pending.skippable and not any(bool(m.any()) for m in moved):
+            return  # fused optimizers are called even where the scaler has found infinite gradients
         # Without lam_w in the gradient: its part of the slopes follows from the squares, a pass over the weights less.
         step = objective.gradient(params, moved, lam_f=self.lam_f, lam_w=0.0)
         slopes = [self._per_block(params, inner_products(step.gradient, moved) + lam_w * step.squares)]
@@ -211,7 +218,7 @@ class RateController:
         if not numbers.isfinite().all():
             self._reject(pending, moved, loss, value)
             return
-        if wsd == 0.0:  # the step was skipped, by a gradient scaler for instance
+        if wsd == 0.0:
             return
         before = numbers[n : 2 * n] if pending.grads is not None else None
         ratios = self._adapt(numbers[:n], before)
@@ -229,7 +236,9 @@ class RateController:
             slope = slope.sum(0, keepdim=True)
             slope_before = None if slope_before is None else slope_before.sum(0, keepdim=True)
         self.meta_count += 1
-        rates = torch.tensor(self.rates(), dtype=torch.float64)
+        ceiling = self._ceiling()
+        nominal = torch.tensor(self.rates(), dtype=torch.float64)
+        rates = nominal.clamp_max(ceiling)
         if options.meta_lr == 0:
             change = torch.zeros_like(slope)
         elif slope_before is not None:
@@ -243,10 +252,20 @@ class RateController:
             k = self.meta_count
             change, self.second_moment = rmsprop_log_step(slope, self.second_moment, k, options.meta_lr)
         change = change.clamp(-options.max_log_step, options.max_log_step).expand(n)
-        wanted = (rates * change.exp()).clamp(*options.lr_bounds)
-        ratios = [1.0 if c == 0 else float(w / r) for c, w, r in zip(change, wanted, rates, strict=True)]
-        self._scale(ratios)
-        return ratios
+        low, high = options.lr_bounds
+        # A rate that a schedule has taken beyond a bound is not pulled back: the factor would leap.
+        wanted = rates * change.exp()
+        wanted = wanted.maximum(rates.clamp_max(low)).minimum(rates.clamp_min(min(high, ceiling)))
+        moves = change != 0
+        self._scale([float(w / r) if m else 1.0 for m, w, r in zip(moves, wanted, nominal, strict=True)])
+        return [float(w / r) if m else 1.0 for m, w, r in zip(moves, wanted, rates, strict=True)]
+
+    def _ceiling(self) -> float:
+        r"""Adafactor takes :math:`\min(\eta, 1 / \sqrt t)`; beyond that its step is free of the learning rate."""
+        if self.by_layer or type(self.optimizer).__name__ != "Adafactor":
+            return math.inf
+        steps = [float(state["step"]) for state in self.optimizer.state.values() if "step" in state]
+        return max(steps) ** -0.5 if steps else math.inf
 
     def _reject(self, pending: Pending, moved: list[Tensor], loss: float, value: float) -> None:
         """Take the step back to a shorter one, or wholly where it led to nothing finite."""

@@ -18,13 +18,18 @@ def _muted(*args: Any, **kwargs: Any) -> None:
 def quietly(pl_module: LightningModule) -> Iterator[None]:
     """Mute ``log`` and ``log_dict`` and put every random state (torch, CUDA, NumPy, Python) back afterwards."""
     own: dict[str, Any] = {name: vars(pl_module)[name] for name in ("log", "log_dict") if name in vars(pl_module)}
+    failed: BaseException | None = None
     with submodule("utilities.seed").isolate_rng():
         pl_module.log = pl_module.log_dict = _muted  # type: ignore[method-assign]
         try:
             yield
+        except BaseException as error:  # raised again below: isolate_rng restores only where nothing is raised in it
+            failed = error
         finally:
             del pl_module.log, pl_module.log_dict
             vars(pl_module).update(own)
+    if failed is not None:
+        raise failed
 
 
 @contextlib.contextmanager

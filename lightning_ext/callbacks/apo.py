@@ -264,6 +264,7 @@ class APOLearningRate(Callback):
                 trainer, pl_module, outputs=controller.uses_outputs, address=(controller.index, controller.count)
             ),
             grad_scale=float(scaler.get_scale()) if scaler is not None and still_scaled else 1.0,
+            skippable=scaler is not None,
         )
 
     def _after(self, controller: RateController) -> None:
@@ -283,9 +284,9 @@ class APOLearningRate(Callback):
 
     # -- leaving
 
-    def _release(self, save: bool = True) -> None:
-        if self._controllers and save:
-            self._state = self._current_state()
+    def _release(self, collective: bool = True) -> None:
+        if self._controllers:
+            self._state = self._current_state(collective)
         for controller in self._controllers.values():
             controller.leave_step()
         for hook in self._hooks:
@@ -300,7 +301,7 @@ class APOLearningRate(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave the optimizers alone again, without a collective that a broken rank could not join."""
-        self._release(save=False)
+        self._release(collective=False)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the optimizers alone again."""
@@ -308,10 +309,10 @@ class APOLearningRate(Callback):
 
     # -- state
 
-    def _current_state(self) -> dict[str, Any]:
+    def _current_state(self, collective: bool = True) -> dict[str, Any]:
         return {
             "optimizers": {str(c.index): c.state_dict() for c in self._controllers.values()},
-            "look_ahead": self.look_ahead.state_dict(),
+            "look_ahead": self.look_ahead.state_dict(collective=collective),
         }
 
     def state_dict(self) -> dict[str, Any]:

@@ -76,6 +76,7 @@ class APOPreconditioning(Callback):
         )
         self._fed: dict[int, tuple[int, APOPreconditioner]] = {}
         self._report: dict[str, float] = {}
+        self._state: dict[str, Any] = {}
 
     @property
     def state_key(self) -> str:
@@ -144,22 +145,25 @@ class APOPreconditioning(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let go of batches and optimizers."""
-        self._leave()
+        self._leave(collective=True)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Let go of batches and optimizers."""
-        self._leave()
+        self._leave(collective=False)
 
-    def _leave(self) -> None:
+    def _leave(self, collective: bool) -> None:
+        if self._fed:
+            self._state = self.look_ahead.state_dict(collective=collective)
         self._fed = {}
         self.look_ahead.forget()
 
     def state_dict(self) -> dict[str, Any]:
         """The previous batch while it is small; everything else is in the optimizer's state."""
-        return self.look_ahead.state_dict()
+        return self.look_ahead.state_dict() if self._fed else self._state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take a checkpoint's state; the batch moves to its device when training starts."""
+        self._state = state_dict
         if state_dict:
             self.look_ahead.load_state_dict(state_dict)
 

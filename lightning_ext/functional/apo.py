@@ -111,7 +111,8 @@ class ProximalObjective:
             loss = self.loss_fn()
             if loss.numel() != 1:
                 raise ValueError(f"loss_fn must return a scalar; got shape {tuple(loss.shape)}.")
-            fsd, total = loss.new_zeros(()), loss.reshape(())
+            loss = loss.reshape(())
+            fsd, total = loss.new_zeros(()), loss
             if lam_f and self.output_fn is not None:
                 if self._outputs is None:
                     raise RuntimeError("call anchor() at the old parameters before gradient() at the new ones.")
@@ -219,9 +220,7 @@ def secant_log_step(slope_before: Tensor, slope_after: Tensor, rate: float = 0.3
     return rate * step.clamp(-limit, limit)
 
 
-def trust_region_weight(
-    lam_f: float, fsd: float, budget: float, rate: float = 0.5, limit: float = math.log(2)
-) -> float:
+def trust_region_weight(lam_f: float, fsd: float, budget: float, rate: float = 0.1, limit: float = 0.2) -> float:
     r"""Move :math:`\lambda_F` so that the realised function-space discrepancy per step approaches a budget.
 
     .. math:: \log \lambda_F \leftarrow \log \lambda_F
@@ -231,14 +230,14 @@ def trust_region_weight(
         lam_f: :math:`\lambda_F > 0`.
         fsd: :math:`D_F \ge 0` of the step that was made.
         budget: the wanted discrepancy, above 0, in the units of ``fsd``.
-        rate: :math:`\rho`.
+        rate: :math:`\rho`; slower than the learning rate it steers through, or the two swing.
         limit: :math:`\ell`.
 
     Returns:
         The new weight, within ``[1e-4, 1e4]``.
 
-    >>> trust_region_weight(1.0, fsd=4e-3, budget=1e-3), trust_region_weight(1.0, fsd=1e-3, budget=1e-3)
-    (2.0, 1.0)
+    >>> trust_region_weight(2.0, fsd=1e-3, budget=1e-3), trust_region_weight(1.0, fsd=1.024, budget=1e-3)
+    (2.0, 1.2214027581601699)
     """
     change = -limit if fsd <= 0 else max(-limit, min(limit, rate * math.log(fsd / budget)))
     return min(max(lam_f * math.exp(change), 1e-4), 1e4)

@@ -316,12 +316,19 @@ def test_groups_take_their_own_steps():
 
 @pytest.mark.parametrize(
     ("fsd", "expected"),
-    [(1e-3, 1.0), (2e-3, math.sqrt(2)), (1e-1, 2.0), (5e-4, math.sqrt(0.5)), (1e-9, 0.5), (0.0, 0.5)],
+    [
+        (1e-3, 1.0),
+        (2e-3, 2**0.1),
+        (1e-1, math.exp(0.2)),
+        (5e-4, 0.5**0.1),
+        (1e-9, math.exp(-0.2)),
+        (0.0, math.exp(-0.2)),
+    ],
 )
 def test_the_trust_region_moves_its_weight_towards_the_budget(fsd, expected):
     assert trust_region_weight(1.0, fsd, 1e-3) == pytest.approx(expected, rel=1e-12)
 
 
 def test_the_trust_region_keeps_its_weight_within_bounds():
-    assert trust_region_weight(9e3, 1.0, 1e-3) == 1e4
-    assert trust_region_weight(1.5e-4, 0.0, 1e-3) == 1e-4
+    assert trust_region_weight(9.9e3, 1.0, 1e-3) == 1e4
+    assert trust_region_weight(1.1e-4, 0.0, 1e-3) == 1e-4
