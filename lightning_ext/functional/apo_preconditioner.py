@@ -195,7 +195,7 @@ def multiplicative_meta_step(
     invertible as long as :math:`\beta < 1`, and condition numbers can grow exponentially.
 
     Args:
-        M: ``rotate_gradient(gradient, A, B)``.
+        M: ``rotate_gradient(gradient, A, B)``; of 16 bits, if that is the dtype to calculate in.
         N: ``rotate_gradient(cotangent, A, B)``; a common factor on it or on M changes nothing but ``norms``.
         A: Input factor ``(in, in)``, diagonal ``(in,)`` or ``None``.
         B: Output factor ``(out, out)``, diagonal ``(out,)`` or ``None``.
@@ -237,4 +237,8 @@ def _moved(factor: Tensor | None, step: Tensor | None, rate: Tensor) -> Tensor |
     if factor is None or step is None:
         return factor
     step = step.mul_(rate.to(step.dtype))
-    return torch.addmm(factor, factor, step) if factor.ndim == 2 else factor + factor * step
+    if factor.ndim == 1:
+        return factor + factor * step
+    if factor.dtype == step.dtype:
+        return torch.addmm(factor, factor, step)
+    return factor + factor.to(step.dtype) @ step

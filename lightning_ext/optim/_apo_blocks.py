@@ -37,19 +37,27 @@ def _dense_gradient(p: Tensor) -> Tensor:
     return p.grad
 
 
-class Products:
-    r"""A Kronecker block multiplied out, :math:`s^2 BB^\top` and :math:`AA^\top`, while its factors stay what they are.
+class Prepared:
+    r"""The factors of a block made ready for many steps, while they stay what they are.
 
-    Multiplying a side of d out costs :math:`d^3` per meta-step and saves :math:`d^2 \cdot \text{other}` per step, so a
-    side much wider than the other one is left as it is.
+    They are brought to the dtype of the products, and those of a Kronecker block are multiplied out,
+    :math:`s^2 BB^\top` and :math:`AA^\top`. For a side of d that costs :math:`d^3` per meta-step and saves
+    :math:`d^2 \cdot \text{other}` per step, so a side much wider than the other one is left as it is.
     """
 
-    def __init__(self, A: Tensor, B: Tensor, S: Tensor, every_n_steps: int) -> None:
-        self._factors = (A, B, S)
-        self._versions = tuple(factor._version for factor in self._factors)
-        self._right = self._side(A, len(B), every_n_steps)
-        first, *rest = self._side(B, len(A), every_n_steps)
-        self._left = ((first * S.square()).to(first.dtype), *rest)
+    def __init__(
+        self, factors: tuple[Tensor | None, Tensor | None, Tensor], dtype: torch.dtype, every_n_steps: int
+    ) -> None:
+        self._factors = factors
+        self._versions = _versions(factors)
+        (A, B), S = _in_dtype(factors[:2], dtype), factors[2]
+        self._working = (A, B, S)
+        self._left: tuple[Tensor, ...] = ()
+        self._right: tuple[Tensor, ...] = ()
+        if S.ndim == 0 and A is not None and B is not None:
+            self._right = self._side(A, len(B), every_n_steps)
+            first, *rest = self._side(B, len(A), every_n_steps)
+            self._left = ((first * S.square()).to(dtype), *rest)
 
     @staticmethod
     def _side(factor: Tensor, other: int, every_n_steps: int) -> tuple[Tensor, ...]:
@@ -57,18 +65,28 @@ class Products:
             return (factor.square(),)
         return (factor, factor.mT) if len(factor) > every_n_steps * other else (factor @ factor.mT,)
 
-    def made_from(self, *factors: Tensor) -> bool:
-        """Whether these factors, with the values they have now, are the ones that were multiplied."""
+    def made_from(self, factors: tuple[Tensor | None, Tensor | None, Tensor]) -> bool:
+        """Whether these factors, with the values they have now, are the ones that were prepared."""
         same = all(old is new for old, new in zip(self._factors, factors, strict=True))
-        return same and self._versions == tuple(factor._version for factor in factors)
+        return same and self._versions == _versions(factors)
 
     def __call__(self, gradient: Tensor) -> Tensor:
         """Precondition a gradient matrix."""
+        if not self._left:
+            return apply_preconditioner(gradient, *self._working)
         for factor in self._right:
             gradient = gradient @ factor if factor.ndim == 2 else gradient * factor
         for factor in reversed(self._left):
             gradient = factor @ gradient if factor.ndim == 2 else factor[:, None] * gradient
         return gradient
+
+
+def _versions(factors: tuple[Tensor | None, ...]) -> tuple[int, ...]:
+    return tuple(-1 if factor is None else factor._version for factor in factors)
+
+
+def _in_dtype(factors: tuple[Tensor | None, ...], dtype: torch.dtype) -> list[Tensor | None]:
+    return [None if factor is None else factor.to(dtype) for factor in factors]
 
 
 class Block:
@@ -107,17 +125,14 @@ class Block:
         return shapes
 
     def _identity(self) -> dict[str, Any]:
-        dtype = getattr(torch, self.group["precond_dtype"] or "", self.weight.dtype)
-        wide, device = at_least_single(dtype), self.weight.device
+        options: dict[str, Any] = {"dtype": at_least_single(self._dtype), "device": self.weight.device}
         state: dict[str, Any] = {}
         shapes = self.factor_shapes(self.weight, self.bias, self.structure, self.group["max_dim"])
         for name, shape in shapes.items():
-            if name != "S" and len(shape) == 2:
-                state[name] = torch.eye(shape[0], dtype=dtype, device=device)
-            else:
-                state[name] = torch.ones(shape, dtype=wide if name == "S" else dtype, device=device)
+            square = name != "S" and len(shape) == 2
+            state[name] = torch.eye(shape[0], **options) if square else torch.ones(shape, **options)
         if self.group["meta_update"] == "multiplicative":
-            state["norms"] = torch.zeros(3, dtype=wide, device=device)
+            state["norms"] = torch.zeros(3, **options)
         return state
 
     @property
@@ -126,9 +141,10 @@ class Block:
 
     @property
     def _dtype(self) -> torch.dtype:
-        A, B, _ = self._factors
-        given = A if A is not None else B
-        return getattr(torch, self.group["precond_dtype"] or "", self.weight.dtype) if given is None else given.dtype
+        """The dtype of the products; what is accumulated has at least 32 bits."""
+        name = self.group["precond_dtype"]
+        dtype: torch.dtype = getattr(torch, name) if name else self.weight.dtype
+        return dtype
 
     def _matrix(self, values: list[Tensor]) -> Tensor:
         """Arrange one value per live parameter as the matrix that the factors multiply."""
@@ -151,22 +167,18 @@ class Block:
         # 16-bit numbers are added with another rounding where they are strided.
         return [part.contiguous() for part in parts] if matrix.dtype in _HALF else parts
 
-    def precondition(self, values: list[Tensor], cache: dict[Tensor, Products]) -> list[Tensor]:
+    def precondition(self, values: list[Tensor], cache: dict[Tensor, Prepared]) -> list[Tensor]:
         """Apply the preconditioner to one value per live parameter."""
-        A, B, S = self._factors
-        gradient = self._matrix(values)
-        if self.structure != "kron" or A is None or B is None:
-            return self._parts(apply_preconditioner(gradient, A, B, S))
-        if self.weight not in cache or not cache[self.weight].made_from(A, B, S):
-            cache[self.weight] = Products(A, B, S, self.group["every_n_steps"])
-        return self._parts(cache[self.weight](gradient))
+        if self.weight not in cache or not cache[self.weight].made_from(self._factors):
+            cache[self.weight] = Prepared(self._factors, self._dtype, self.group["every_n_steps"])
+        return self._parts(cache[self.weight](self._matrix(values)))
 
     def look_ahead(self, values: list[Tensor]) -> list[Tensor]:
         """Apply the preconditioner, and keep the rotated gradient for the meta-step."""
-        A, B, S = self._factors
+        A, B = _in_dtype(self._factors[:2], self._dtype)
         gradient = self._matrix(values)
         self._rotated = rotate_gradient(gradient, A, B)
-        return self._parts(apply_preconditioner(gradient, A, B, S, rotated=self._rotated))
+        return self._parts(apply_preconditioner(gradient, A, B, self.state["S"], rotated=self._rotated))
 
     def shrink(self) -> None:
         """Halve the preconditioner."""
@@ -186,7 +198,7 @@ class Block:
 
     def _multiplicative_step(self, M: Tensor, cotangent: Tensor) -> None:
         A, B, S = self._factors
-        N = rotate_gradient(cotangent, A, B)
+        N = rotate_gradient(cotangent, *_in_dtype((A, B), cotangent.dtype))
         magnitude: float | Tensor = 1.0
         if M.dtype in _HALF:  # products of two gradients underflow
             size_m, size_n = (torch.linalg.vector_norm(x, dtype=torch.float32) for x in (M, N))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_ext.functional.apo import ProximalObjective, ProximalStep, inner_products
-from lightning_ext.optim._apo_blocks import Block, Products, at_least_single, has_gradient
+from lightning_ext.optim._apo_blocks import Block, Prepared, at_least_single, has_gradient
 from lightning_ext.optim._apo_options import check_group
 
 __all__ = ["APOPreconditioner"]
@@ -52,8 +52,8 @@ class APOPreconditioner(Optimizer):
         every_n_steps: steps between meta-updates, at least 1. ``lam_f``, ``lam_w`` and this one hold for all groups.
         weight_decay: decoupled, at least 0; part of the displacement that the objective sees.
         max_dim: a side wider than this gets a diagonal factor (``"kron"``) or none (``"ekfac"``).
-        precond_dtype: dtype of A and B by name, such as ``"bfloat16"``; default that of the parameter. Scales, norms
-            and the moments of ``"adam"`` are kept in float32 at least.
+        precond_dtype: dtype of the matrix products by name, such as ``"bfloat16"``; default that of the parameter. What
+            is accumulated (factors, scales, norms, the moments of ``"adam"``) has float32 at least.
 
     Raises:
         ValueError: For arguments out of range, complex parameters, groups that differ in an option for all.
@@ -106,7 +106,7 @@ class APOPreconditioner(Optimizer):
         self.last_meta_step: dict[str, float] | None = None
         self._bias_of: dict[Tensor, Tensor] = {}
         self._elementwise: set[Tensor] = set()
-        self._products: dict[Tensor, Products] = {}
+        self._prepared: dict[Tensor, Prepared] = {}
         self._missed = 0
         defaults = {
             "lr": lr,
@@ -130,7 +130,7 @@ class APOPreconditioner(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._products, self.look_ahead, self._missed = {}, None, 0
+        self._prepared, self.look_ahead, self._missed = {}, None, 0
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, or of a module's parameters, with its own options."""
@@ -196,7 +196,7 @@ class APOPreconditioner(Optimizer):
             self._meta_step(blocks, directions, objective)
         for block, direction in zip(blocks, directions, strict=True):
             lr, decay = float(block.group["lr"]), block.group["weight_decay"]
-            for p, update in zip(block.params, block.precondition(direction, self._products), strict=True):
+            for p, update in zip(block.params, block.precondition(direction, self._prepared), strict=True):
                 if decay:
                     p.mul_(1 - lr * decay)
                 p.add_(update, alpha=-lr)
@@ -308,7 +308,11 @@ class APOPreconditioner(Optimizer):
         report = dict(zip([*scalars, "slope"], values, strict=True))
         # One that is not finite in a gradient shows in the slope, whatever it is multiplied by.
         finite = all(map(math.isfinite, report.values()))
-        report["rejected"] = float(not finite or report["value"] > report.get("loss_before", math.inf))
+        allowed = math.inf
+        if loss_before is not None:  # a rise that is no more than the rounding of a 16-bit loss is none
+            dtypes = (found.loss.dtype, loss_before.dtype)
+            allowed = report["loss_before"] + 2 * max(torch.finfo(t).eps for t in dtypes) * abs(report["loss_before"])
+        report["rejected"] = float(not finite or report["value"] > allowed)
         self.last_meta_step = report
         return gradient, bool(report["rejected"])
 

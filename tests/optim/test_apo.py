@@ -447,7 +447,7 @@ def test_half_precision_trains_as_well_as_single(structure, dtype):
         losses[kind] = sum(train(net, optimizer, classification(200, dtype=kind))[-50:]) / 50
         assert all(p.dtype == kind and p.isfinite().all() for p in net.parameters())
     assert optimizer.last_meta_step is not None
-    assert structure == "diag" or optimizer.state[net[0].weight]["A"].dtype == dtype
+    assert optimizer.state[net[0].weight]["S"].dtype == torch.float32, "small steps of the factors would be lost"
     assert losses[dtype] < 1.3 * losses[torch.float32]
     assert losses[torch.float32] < 0.3
 
@@ -464,7 +464,7 @@ def test_tiny_gradients_in_float16_still_teach():
         for name in ("A", "B"):
             factor = optimizer.state[layer.weight][name]
             assert factor.isfinite().all()
-            assert not factor.equal(torch.eye(len(factor), dtype=torch.float16)), "the products underflowed"
+            assert not factor.equal(torch.eye(len(factor))), "the products underflowed"
 
 
 @pytest.mark.ddp
