@@ -136,7 +136,7 @@ def test_shapes_must_agree_and_hold_something(divergence):
         divergence(torch.zeros(0, 3), torch.zeros(0, 3))
 
 
-@pytest.mark.parametrize("shape", [(4, 1), (1,), ()])
+@pytest.mark.parametrize("shape", [(4, 1), (1,), (5,), ()])
 def test_one_class_is_refused_with_the_way_out(shape):
     with pytest.raises(ValueError, match=r"two classes.*bernoulli_kl"):
         softmax_kl(torch.zeros(shape), torch.zeros(shape))
