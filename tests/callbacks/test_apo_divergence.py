@@ -107,7 +107,6 @@ AMBIGUOUS = {
     "one class": (draw(6, 1), (draw(6, 7), classes(5)), torch.tensor(1.0), "no divergence fits"),
     "labels beyond the classes": (draw(6, 3), (draw(6, 7), classes(6) + 3), torch.tensor(1.0), "no divergence fits"),
     "labels or images": (IMAGES[:, :, 0], (IMAGES[:, :, 0], classes(6, n=3)), torch.tensor(9.0), "kl and mse"),
-    "a dict": (draw(6, 4), {"x": draw(6, 7), "y": classes(6)}, torch.tensor(1.0), "no divergence fits"),
 }
 
 
