@@ -325,6 +325,22 @@ def test_a_worse_or_broken_look_ahead_halves_the_step(structure, value, cotangen
     assert structure == "diag" or state["A"].equal(torch.eye(6))
 
 
+@pytest.mark.parametrize(
+    ("before", "value", "rejected"),
+    [(1.0, 1.09, False), (1.0, 1.11, True), (-1.0, -0.91, False), (-1.0, -0.89, True), (None, 99.0, False)],
+)
+def test_a_rise_of_less_than_a_tenth_is_left_to_the_meta_step(before, value, rejected):
+    net = mlp()
+    optimizer = APOPreconditioner(net, 0.1, every_n_steps=1)
+    F.cross_entropy(net(torch.ones(2, 5)), torch.tensor([0, 1])).backward()
+    objective = Exploding(value, loss_before=0.0 if before is None else before, cotangent=1.0)
+    if before is None:
+        objective.loss_at_anchor = None
+    optimizer.step(look_ahead=objective)
+    assert optimizer.last_meta_step["rejected"] == rejected
+    assert optimizer.state[net[0].weight]["A"].equal(torch.eye(6)) == rejected
+
+
 @pytest.mark.filterwarnings("ignore:APOPreconditioner:UserWarning")
 def test_a_real_explosion_is_tamed():
     torch.manual_seed(0)
