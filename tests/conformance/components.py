@@ -4,13 +4,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from lightning_ext import nn
+from lightning_ext import nn, optim
 from lightning_ext._lightning import LightningModule
 from lightning_ext.functional.mrvae import gaussian_kl
-from lightning_ext.modules import BetaVAE, MultiRateMixin, MultiRateVAE, RateDistortion
+from lightning_ext.modules import BetaVAE, Classifier, MultiRateMixin, MultiRateVAE, RateDistortion
+from tests.conformance import toys
 
 PIXELS = 6
 
@@ -148,3 +150,26 @@ def at_two_betas(module: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tenso
         low = module(*inputs)
     with module.context.at(1.5):
         return low, module(*inputs)
+
+
+class Unscheduled(toys.Plain):
+    """A classifier without BatchNorm and without a scheduler: two processes make the steps of one."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+
+class Preconditioned(toys.Plain):
+    """The same with the structured preconditioner."""
+
+    def configure_optimizers(self) -> Any:
+        return optim.APOPreconditioner(self.parameters(), lr=0.1, every_n_steps=2)
+
+
+def cross_entropy(module: Any, batch: Any) -> Tensor:
+    """The loss of a look-ahead under manual optimisation."""
+    return F.cross_entropy(module(batch[0]), batch[1])
+
+
+def small_classifier() -> Classifier:
+    return Classifier(nn.MLP([PIXELS, 5, 3]))

@@ -122,6 +122,61 @@ _CALLBACKS = [
     ),
 ]
 
+_WHOLE = {"fsd_fraction": 1.0, "every_n_steps": 2, "warmup_steps": 1}  # all of B', so that two halves make one batch
+_NEEDS_LOSS = "it cannot run a manual training_step and says so; the entry with a loss function of its own is checked"
+
+_APO = [
+    Entry(
+        ["APOLearningRate"],
+        "callback-method",
+        lambda: callbacks.APOLearningRate(**_WHOLE),
+        other=lambda: callbacks.APOLearningRate(optimizers=[0]),
+        module=components.Unscheduled,
+        recipe="apo",
+        skip={"manual_optimisation": _NEEDS_LOSS},
+    ),
+    *(
+        Entry(
+            ["APOLearningRate"],
+            "callback-method",
+            lambda chosen=chosen: callbacks.APOLearningRate(loss_fn=components.cross_entropy, **_WHOLE, **chosen),
+            other=lambda chosen=chosen: callbacks.APOLearningRate(optimizers=[0], **chosen),
+            module=module,
+            label=f"APOLearningRate-{label}",
+            skip={"cli_recipe": _NO_RECIPE},
+        )
+        for label, module, chosen in (
+            ("own-loss", components.Unscheduled, {"lam_f": "auto"}),
+            ("layers", components.Unscheduled, {"granularity": "layer", "meta_optimizer": "secant"}),
+            ("scheduler", toys.Plain, {"on_scheduler": "multiply"}),
+        )
+    ),
+    Entry(
+        ["HypergradientLR"],
+        "callback-method",
+        callbacks.HypergradientLR,
+        other=lambda: callbacks.HypergradientLR(optimizers=[0], multiplicative=True),
+        module=components.Unscheduled,
+        skip={"cli_recipe": _NO_RECIPE},
+    ),
+    Entry(
+        ["APOPreconditioning"],
+        "callback-method",
+        lambda: callbacks.APOPreconditioning(loss_fn=components.cross_entropy),
+        other=lambda: callbacks.APOPreconditioning(optimizers=[0], fsd_batch="previous", fsd_fraction=0.5),
+        module=components.Preconditioned,
+        skip={"cli_recipe": _NO_RECIPE},
+    ),
+    Entry(
+        ["Classifier"],
+        "module",
+        components.small_classifier,
+        dataset=components.pixels,
+        networks=["network"],
+        recipe="apo",
+    ),
+]
+
 _DATA = [
     Entry(
         ["DigitsDataModule", "EpochSampler", "ResumableLoader"],
@@ -154,6 +209,7 @@ _METRICS = [
 ]
 
 _NN = [
+    Entry(["MLP"], "nn", lambda: nn.MLP([6, 5, 2]), inputs=lambda: (torch.ones(3, 6),)),
     Entry(["MLPEncoder"], "nn", lambda: nn.MLPEncoder([6], [5], 2), inputs=lambda: (torch.ones(3, 6),)),
     Entry(["MLPDecoder"], "nn", lambda: nn.MLPDecoder(2, [5], [6]), inputs=lambda: (torch.ones(3, 2),)),
     Entry(["ResNetEncoder"], "nn", lambda: nn.ResNetEncoder(2, 4), inputs=lambda: (torch.ones(2, 1, 28, 28),)),
@@ -182,7 +238,7 @@ _NN = [
     ),
 ]
 
-REGISTRY = [*_METHOD, *_BASELINES, *_CALLBACKS, *_DATA, *_METRICS, *_NN]
+REGISTRY = [*_METHOD, *_BASELINES, *_CALLBACKS, *_APO, *_DATA, *_METRICS, *_NN]
 
 TOYS = [
     Entry(
