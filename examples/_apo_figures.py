@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
@@ -32,7 +33,7 @@ LABELS = {
     "fixed": "fixed rate",
     "cosine": "cosine decay",
     "apo": "APO",
-    "auto": 'APO, λ_F = "auto"',
+    "auto": 'APO, $\\lambda_F$ = "auto"',
     "APO-P additive": "APO-P, additive steps as in the paper",
     "APO-P kron": "APO-P kron, multiplicative",
     "APO-P ekfac": "APO-P EKFAC-like, multiplicative",
@@ -82,16 +83,24 @@ def _trajectories(axes: Axes, sweep: Any, title: str) -> None:
         rates = [start, *runs[0].rates]
         axes.plot(range(len(rates)), rates, color=colours(i), lw=1.5)
         axes.scatter(0, start, color=[colours(i)], s=16, zorder=3, clip_on=False)
-    axes.axhline(sweep.best(), color=COLOURS["Adam"], lw=1.4, ls=(0, (4, 3)))
-    axes.annotate(
-        "best fixed rate", (1, sweep.best()), (0, 3), xycoords=("axes fraction", "data"), textcoords="offset points",
-        ha="right", va="bottom", color=COLOURS["Adam"], fontsize=9,
-    )  # fmt: skip
+    axes.axhline(sweep.best(), color=COLOURS["Adam"], lw=1.4, ls=(0, (4, 3)), label="best fixed rate")
     axes.set_yscale("log")
     _decades(axes.yaxis)
-    axes.set_xlim(left=0)
+    length = max(len(runs[0].rates) for runs in starts.values())
+    axes.set_xscale("function", functions=(_root, _square))  # most happens at the start
+    ticks = [tick for tick in (0, 10, 50, 100, 200, 400, 800) if tick <= length]
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.set_xlim(0, length)
     axes.set_xlabel("step")
     axes.set_title(title)
+
+
+def _root(x: np.ndarray) -> np.ndarray:
+    return np.sqrt(np.maximum(x, 0.0))
+
+
+def _square(x: np.ndarray) -> np.ndarray:
+    return np.square(x)
 
 
 def _sensitivity(axes: Axes, sweep: Any, title: str, limit: float) -> None:
@@ -109,7 +118,9 @@ def _sensitivity(axes: Axes, sweep: Any, title: str, limit: float) -> None:
         axes.plot([], [], color=COLOURS["cosine"], lw=1.4, ls=(0, (4, 3)), label="best cosine decay")
     near = sweep.near_best("fixed")
     axes.set_yscale("log")
-    axes.fill_between([min(near), max(near)], axes.get_ylim()[0], limit, color=COLOURS["apo"], alpha=0.09, lw=0)
+    bottom, top = axes.get_ylim()
+    axes.fill_between([min(near), max(near)], bottom, limit, color=COLOURS["apo"], alpha=0.09, lw=0)
+    axes.set_ylim(bottom, top)
     axes.set_xscale("log")
     _decades(axes.xaxis)
     _decades(axes.yaxis)
@@ -123,6 +134,7 @@ def trajectories(sweeps: Sequence[Any], names: Mapping[str, str]) -> Figure:
         for axes, sweep in zip(panels, sweeps, strict=True):
             _trajectories(axes, sweep, names[sweep.base])
         panels[0].set_ylabel("learning rate")
+        panels[-1].legend(loc="lower right")
     return figure
 
 
@@ -142,6 +154,7 @@ def lightning(sweep: Any, title: str, limit: float) -> Figure:
     with _panels(2) as (figure, (left, right)):
         _trajectories(left, sweep, title)
         left.set_ylabel("learning rate")
+        left.legend(loc="lower right")
         _sensitivity(right, sweep, "Final loss from each start; shaded: to pass", limit)
         right.set_ylabel("final training loss (nats)")
         right.legend()
