@@ -19,7 +19,7 @@ def class_dim(outputs: Tensor, labels: Tensor) -> int | None:
     """The dimension of the classes where integer ``labels`` fit ``outputs``, or ``None``."""
     if outputs.ndim < 2:
         return None
-    if outputs.shape[:-1] == labels.shape or outputs.shape[0] == labels.numel():
+    if outputs.shape[:-1] == labels.shape or (outputs.ndim == 2 and len(outputs) == labels.numel()):
         return -1
     if outputs.shape[:1] + outputs.shape[2:] == labels.shape:
         return 1

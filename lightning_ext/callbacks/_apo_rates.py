@@ -77,7 +77,7 @@ class RateController:
         width = 1 if options.granularity == "global" else len(self.blocks)
         self.second_moment = torch.zeros(width, dtype=torch.float64)
         self.multiplier = torch.ones(len(self.blocks), dtype=torch.float64)
-        self.lam_f = 1.0 if options.lam_f == "auto" else options.lam_f
+        self.lam_f = 0.3 if options.lam_f == "auto" else options.lam_f
         self.count = self.meta_count = self.rejections = 0
         self.report: dict[str, float] = {}
         self.paused = False  # another component has taken the learning rate over
@@ -224,7 +224,7 @@ class RateController:
         ratios = self._adapt(numbers[:n], before)
         if self.options.apply == "before":
             self._rescale(params, moved, ratios)
-        if self.options.lam_f == "auto":
+        if self.options.lam_f == "auto" and not self.warming_up:  # a rate still far from its place says nothing
             self.lam_f = trust_region_weight(self.lam_f, fsd, self.options.trust_radius * max(abs(loss), 1e-12))
         self._tell(loss, fsd, wsd, value, numbers[:n])
 

@@ -17,7 +17,7 @@ from lightning_ext.callbacks._apo_lookahead import (
     LookAhead,
     check_indices,
     chosen_optimizers,
-    is_logging_step,
+    publish,
     refuse_sharded,
 )
 from lightning_ext.callbacks._apo_options import RateOptions, check, one_of
@@ -189,7 +189,7 @@ class APOLearningRate(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stand around every step of the chosen optimizers; their state is restored by now."""
         self._release()
-        names = {id(p): name for name, p in pl_module.named_parameters()}
+        names = {id(p): name.replace("_orig_mod.", "") for name, p in pl_module.named_parameters()}
         self._schedulers = {id(config.scheduler) for config in trainer.lr_scheduler_configs}
         self.look_ahead.start(trainer, pl_module)
         for index in chosen_optimizers(trainer, self.optimizers, type(self).__name__):
@@ -277,10 +277,9 @@ class APOLearningRate(Callback):
     ) -> None:
         """Log what the last meta-step found, and keep the batch for the next one."""
         self.look_ahead.batch_done()
-        if is_logging_step(trainer):
-            found = {key: value for c in self._controllers.values() for key, value in c.report.items()}
-            if found:
-                pl_module.log_dict(found, on_step=True, on_epoch=False, batch_size=1)
+        if publish(trainer, {key: value for c in self._controllers.values() for key, value in c.report.items()}):
+            for controller in self._controllers.values():
+                controller.report = {}
 
     # -- leaving
 

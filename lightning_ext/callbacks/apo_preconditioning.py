@@ -13,7 +13,7 @@ from lightning_ext.callbacks._apo_lookahead import (
     LookAhead,
     check_indices,
     chosen_optimizers,
-    is_logging_step,
+    publish,
     refuse_sharded,
 )
 from lightning_ext.optim import APOPreconditioner
@@ -140,8 +140,8 @@ class APOPreconditioning(Callback):
             if found is not None:
                 suffix = f"/{index}" if index else ""
                 self._report |= {f"apo/{_KEYS.get(name, name)}{suffix}": float(v) for name, v in found.items()}
-        if self._report and is_logging_step(trainer):
-            pl_module.log_dict(self._report, on_step=True, on_epoch=False, batch_size=1)
+        if publish(trainer, self._report):
+            self._report = {}
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let go of batches and optimizers."""

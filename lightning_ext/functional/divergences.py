@@ -88,7 +88,7 @@ def softmax_kl(new: Tensor, old: Tensor, dim: int = -1) -> Tensor:
         A scalar in nats, at least 0 up to rounding; float32 or wider.
 
     Raises:
-        ValueError: If the shapes differ or are empty, or there is only one class.
+        ValueError: If the shapes differ or are empty, or there is no batch dimension or only one class.
 
     >>> softmax_kl(torch.zeros(1, 2), torch.tensor([[0.0, 0.0]]))
     tensor(0.)
@@ -96,9 +96,9 @@ def softmax_kl(new: Tensor, old: Tensor, dim: int = -1) -> Tensor:
     tensor(inf)
     """
     new, old = _pair(new, old)
-    if new.ndim == 0 or new.shape[dim] < 2:
+    if new.ndim < 2 or new.shape[dim] < 2:
         raise ValueError(
-            f"softmax_kl needs at least two classes along dim={dim}; got outputs of shape {tuple(new.shape)}. "
+            f"softmax_kl needs a batch and at least two classes along dim={dim}; got shape {tuple(new.shape)}. "
             "For one logit per example use bernoulli_kl."
         )
     log_p, log_q = old.log_softmax(dim), new.log_softmax(dim)
