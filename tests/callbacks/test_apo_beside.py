@@ -22,7 +22,7 @@ from lightning_ext._lightning import Callback, MisconfigurationException, Traine
 from lightning_ext.callbacks import APOLearningRate, HypergradientLR
 from tests.callbacks import apo_toys as toys
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
+pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*called without a model")
 SCHEDULERS = {
     "StepLR": lambda o: StepLR(o, 3, gamma=0.5),
     "CosineAnnealingLR": lambda o: CosineAnnealingLR(o, T_max=20),

@@ -11,7 +11,9 @@ from lightning_ext.callbacks import APOLearningRate
 from lightning_ext.testing import assert_observer
 from tests.callbacks import apo_toys as toys
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*nested tensors")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*does not have many workers", "ignore:.*nested tensors", "ignore:.*validation_step"
+)
 boring = submodule("demos.boring_classes")
 
 

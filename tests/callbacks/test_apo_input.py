@@ -12,7 +12,9 @@ from lightning_ext._lightning import MisconfigurationException, submodule
 from lightning_ext.callbacks import APOLearningRate, HypergradientLR
 from tests.callbacks import apo_toys as toys
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*does not have many workers", "ignore:.*dataloader_iter", "ignore:.*configure_optimizers. returned"
+)
 
 
 class Stream(IterableDataset):

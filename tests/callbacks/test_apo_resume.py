@@ -10,7 +10,7 @@ from lightning_ext.callbacks import APOLearningRate, HypergradientLR, _apo_looka
 from lightning_ext.testing import StatefulLoader, assert_resumes
 from tests.callbacks import apo_toys as toys
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
+pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*when using .ckpt_path")
 
 # Meta-steps at every second step, the first ones secant; the crash comes between two meta-steps and right after one.
 RESUMED = {

@@ -11,7 +11,7 @@ from lightning_ext._lightning import Callback, LightningDataModule, submodule
 from lightning_ext.callbacks import APOLearningRate, HypergradientLR
 from tests.callbacks import apo_toys as toys
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
+pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*step. returned .None")
 
 
 # -- every meta-step by hand ------------------------------------------------------------------------------------------
