@@ -43,8 +43,8 @@ def check_indices(optimizers: Literal["all"] | list[int]) -> Literal["all"] | li
 
 def chosen_optimizers(trainer: Trainer, optimizers: Literal["all"] | list[int], who: str) -> list[int]:
     """Indices of the chosen optimizers, which must exist."""
-    # where configure_optimizers returned nothing, Lightning puts a stand-in without param_groups
-    available = [i for i, optimizer in enumerate(trainer.optimizers) if hasattr(optimizer, "param_groups")]
+    # where configure_optimizers returned nothing, Lightning puts a stand-in without parameters
+    available = [i for i, optimizer in enumerate(trainer.optimizers) if getattr(optimizer, "param_groups", None)]
     if not available:
         raise MisconfigurationException(f"{who}: the module has no optimizer; return one from configure_optimizers.")
     chosen = list(available) if optimizers == "all" else list(optimizers)
@@ -117,8 +117,8 @@ class LookAhead:
 
     # -- the batches
 
-    def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check what can be checked before the first batch, and take a restored B' back."""
+    def check(self, pl_module: LightningModule) -> None:
+        """Refuse modules whose loss cannot be had a second time."""
         if self.loss_fn is None and not pl_module.automatic_optimization:
             raise MisconfigurationException(
                 f"{self.who}: under manual optimisation training_step makes the steps itself and cannot be run for a "
@@ -129,6 +129,9 @@ class LookAhead:
                 f"{self.who}: a training_step that takes dataloader_iter cannot be run twice on one batch. Pass "
                 "loss_fn=..., a function (module, batch) -> scalar loss."
             )
+
+    def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take a restored B' back."""
         self._batch = self._previous = None
         if self._saved is not None and len(self._saved) == trainer.world_size:
             previous = self._saved[trainer.global_rank]

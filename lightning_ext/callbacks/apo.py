@@ -179,7 +179,9 @@ class APOLearningRate(Callback):
             refuse_sharded(trainer, type(self).__name__)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check the optimizers and schedulers before anything runs."""
+        """Check the module, its optimizers and schedulers before anything runs."""
+        if self.options.loss_batch == "same":
+            self.look_ahead.check(pl_module)
         for index in chosen_optimizers(trainer, self.optimizers, type(self).__name__):
             optimizer = trainer.optimizers[index]
             check_linear(optimizer, type(self).__name__)

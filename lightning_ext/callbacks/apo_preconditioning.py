@@ -91,6 +91,7 @@ class APOPreconditioning(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look for the optimizers before anything runs."""
         self._chosen(trainer)
+        self.look_ahead.check(pl_module)
 
     def _chosen(self, trainer: Trainer) -> dict[int, tuple[int, APOPreconditioner]]:
         indices: Sequence[int] = chosen_optimizers(trainer, self.optimizers, type(self).__name__)
