@@ -141,18 +141,18 @@ def test_two_ranks_find_the_slope_of_one_process_with_both_their_batches():
 def test_two_ranks_resume_with_their_own_previous_batches(tmp_path):
     def train(steps, path=None, **kwargs):
         callback = APOLearningRate(every_n_steps=2, warmup_steps=3)
-        saver = submodule("callbacks").ModelCheckpoint(dirpath=tmp_path, filename="{step}", every_n_train_steps=5)
+        saver = submodule("callbacks").ModelCheckpoint(dirpath=tmp_path, filename="{step}", every_n_train_steps=6)
         torch.manual_seed(0)
         module = toys.Classifier()
         trainer = Trainer(callbacks=[callback, Agree(callback), saver],
                           **ddp_trainer_kwargs(max_steps=steps, log_every_n_steps=1, **kwargs))  # fmt: skip
-        trainer.fit(module, DataLoader(toys.rows(60), 6), ckpt_path=path)
+        trainer.fit(module, DataLoader(toys.rows(72), 6), ckpt_path=path)
         return [p.detach() for p in module.parameters()]
 
-    whole = train(7)
-    path = tmp_path / "step=5.ckpt"
+    whole = train(8)  # the first step after the checkpoint looks ahead
+    path = tmp_path / "step=6.ckpt"
     (state,) = (v for k, v in torch.load(path, weights_only=True)["callbacks"].items() if k.startswith("APO"))
     mine, other = state["look_ahead"]["previous"]
     assert not torch.equal(mine[0], other[0])
-    for a, b in zip(whole, train(7, path), strict=True):
+    for a, b in zip(whole, train(8, path), strict=True):
         assert torch.equal(a, b)

@@ -181,6 +181,21 @@ def test_float16_finds_the_slopes_of_float32_whatever_the_scale(kernel):
             assert seen.logged[t]["apo/meta_grad"] == pytest.approx(whole.logged[t]["apo/meta_grad"], rel=0.05)
 
 
+def test_a_loss_too_small_for_float16_is_looked_at_with_the_scale():
+    class Tiny(toys.Classifier):
+        def training_step(self, batch, batch_idx):
+            return 1e-6 * super().training_step(batch, batch_idx)
+
+    slopes = []
+    for plugins in ([], [halves(torch.amp.GradScaler("cpu", init_scale=2.0**20))]):
+        torch.manual_seed(0)
+        module = Tiny(lambda p: torch.optim.SGD(p, lr=5e4))
+        callback = APOLearningRate(lam_f=1e-6, lam_w=0.0, divergence="kl", lr_bounds=(1.0, 1e9), **toys.EVERY_STEP)
+        _, seen = toys.fit(module, toys.loader(24), callback, plugins=plugins)
+        slopes.append([logged["apo/meta_grad"] for logged in seen.logged[1:]])
+    assert slopes[1] == pytest.approx(slopes[0], rel=0.03)
+
+
 @pytest.mark.parametrize("kernel", FUSED)
 @pytest.mark.parametrize("warmup_steps", [0, 50])
 def test_a_step_that_the_scaler_skips_is_no_reason_to_adapt(kernel, warmup_steps):
