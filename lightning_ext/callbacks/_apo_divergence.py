@@ -27,6 +27,8 @@ def class_dim(outputs: Tensor, labels: Tensor) -> int | None:
 
 
 def _targets(batch: Any) -> list[Tensor]:
+    if isinstance(batch, dict):
+        return [part for part in batch.values() if isinstance(part, Tensor)]
     parts = batch if isinstance(batch, (tuple, list)) else [batch]
     return [part for part in parts[:2] if isinstance(part, Tensor)][::-1]
 

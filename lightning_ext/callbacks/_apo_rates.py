@@ -216,6 +216,8 @@ class RateController:
         loss, fsd, wsd = numbers[-3:].tolist()
         value = loss + self.lam_f * fsd + lam_w * wsd
         if not numbers.isfinite().all():
+            if pending.skippable and numbers[-3:].isfinite().all():
+                return  # the gradient overflowed at the current loss scale, the look-ahead itself is sound
             self._reject(pending, moved, loss, value)
             return
         if wsd == 0.0:

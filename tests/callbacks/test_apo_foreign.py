@@ -268,7 +268,7 @@ def test_dict_batches_need_an_output_function_and_the_error_says_so():
         (toys.Classifier, toys.loader(), {}),
     ):
         torch.manual_seed(0)
-        _, seen = toys.fit(module(), data, APOLearningRate(divergence="kl", **options))
+        _, seen = toys.fit(module(), data, APOLearningRate(**options))
         rates.append(seen.rates)
     assert rates[0] == rates[1], "the same rows, the same learning rates"
 

@@ -1,5 +1,6 @@
 """What stands between gradient and step is part of the look-ahead: momentum, clipping, accumulation, precision."""
 
+import dataclasses
 import math
 
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 
 from lightning_ext._lightning import Callback, LightningDataModule, submodule
 from lightning_ext.callbacks import APOLearningRate, HypergradientLR
+from lightning_ext.functional import ProximalObjective
 from tests.callbacks import apo_toys as toys
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*step. returned .None")
@@ -208,6 +210,21 @@ def test_a_step_that_the_scaler_skips_is_no_reason_to_adapt(kernel, warmup_steps
     assert seen.logged[-1]["apo/rejected"] == 0
     for t in (3, 4):
         assert all(torch.equal(a, b) for a, b in zip(seen.before[t], seen.after[t], strict=True))
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_a_gradient_that_overflows_at_the_loss_scale_is_left_out_and_any_other_rejected(scaled, monkeypatch):
+    gradient = ProximalObjective.gradient
+
+    def overflowing(self, *args, **kwargs):
+        step = gradient(self, *args, **kwargs)
+        return dataclasses.replace(step, gradient=[v * torch.inf for v in step.gradient])
+
+    monkeypatch.setattr(ProximalObjective, "gradient", overflowing)
+    plugins = [halves(torch.amp.GradScaler("cpu", init_scale=256.0))] if scaled else []
+    _, seen = toys.fit(toys.Classifier(), toys.loader(24), APOLearningRate(divergence="kl"), plugins=plugins)
+    assert (seen.rates[-1][0] == 0.05) is scaled
+    assert ("apo/rejected" in seen.logged[-1]) is not scaled
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
