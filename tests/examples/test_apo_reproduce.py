@@ -302,10 +302,10 @@ def test_soap_is_compared_where_its_package_is_installed(script, monkeypatch):
 
 
 def write_cifar(folder, layout, count):
-    """Tiny files in the true format: pixel (channel, row, column) of image i is i + channel + row + column."""
+    """Tiny files in the true format: pixel (channel, row, column) of image i is i + channel + row + 2 column."""
     home = folder / layout.folder
     home.mkdir()
-    grid = np.indices((3, 32, 32)).sum(0)
+    grid = np.indices((3, 32, 32)).sum(0) + np.arange(32)
     for name in (*layout.train, layout.test):
         records = [
             bytes([7] * (layout.label_bytes - 1) + [i % layout.classes]) + (grid + i).astype(np.uint8).tobytes()
@@ -336,7 +336,7 @@ def test_cifar_is_read_in_its_published_format(script, data):
     ten, hundred = full.read_cifar(data, full.CIFAR10), full.read_cifar(data, full.CIFAR100)
     assert ten.train[0].shape == (60, 3, 32, 32)
     assert ten.test[0].shape == (12, 3, 32, 32)
-    assert int(ten.test[0][11, 2, 30, 1]) == 11 + 2 + 30 + 1
+    assert int(ten.test[0][11, 2, 30, 1]) == 11 + 2 + 30 + 2 * 1
     assert ten.test[1].tolist() == [*range(10), 0, 1]
     assert hundred.train[1].tolist() == list(range(60))  # the fine labels, not the coarse ones
 
@@ -345,7 +345,9 @@ def test_augmented_images_are_shifted_and_mirrored_and_test_images_are_not(scrip
     full = script._part("full")
     images = full.read_cifar(data, full.CIFAR10)
     plain = full.Augmented(*images.train, images.train[0], augment=False).__getitems__([3])[0]
-    assert plain.mean().abs() < 3.0
+    pixels = images.train[0].float() / 255
+    mean, std = (found.view(3, 1, 1) for found in (pixels.mean((0, 2, 3)), pixels.std((0, 2, 3))))
+    torch.testing.assert_close(plain[0] * std + mean, pixels[3])
     moving = full.Augmented(*images.train, images.train[0], augment=True)
     padded = torch.nn.functional.pad(plain, (4, 4, 4, 4))
     allowed = [padded[:, :, i : i + 32, j : j + 32] for i in range(9) for j in range(9)]
