@@ -192,7 +192,10 @@ MEMORY = {
     "APO-LR on Adam": partial(trainer_memory, adam, lambda: [rates()]),
     "Adam": partial(trainer_memory, adam, list),
     "prodigyopt": partial(trainer_memory, prodigy_optimizer, list),
-    **{m.name: partial(loop_memory, m) for m in (KRON, KRON_HALF, EKFAC, KFAC_PYTORCH, ASDL_KFAC, SINGD_DENSE)},
+    **{
+        m.name: partial(loop_memory, m)
+        for m in (KRON, KRON_HALF, EKFAC, KFAC_PYTORCH, KFAC_PYTORCH_HALF, ASDL_KFAC, SINGD_DENSE)
+    },
 }
 
 
@@ -207,7 +210,8 @@ def memory() -> Rows:
     pairs = (
         ("APO-LR on Adam", "Adam", None), ("APO-LR on Adam", "prodigyopt", "prodigyopt"),
         (KRON.name, KFAC_PYTORCH.name, KFAC_PYTORCH.package), (KRON.name, ASDL_KFAC.name, ASDL_KFAC.package),
-        (KRON_HALF.name, ASDL_KFAC.name, ASDL_KFAC.package), (EKFAC.name, SINGD_DENSE.name, SINGD_DENSE.package),
+        (KRON_HALF.name, KFAC_PYTORCH_HALF.name, KFAC_PYTORCH_HALF.package),
+        (EKFAC.name, SINGD_DENSE.name, SINGD_DENSE.package),
     )  # fmt: skip
     rows = []
     for ours, peer, package in pairs:
@@ -233,6 +237,7 @@ def print_peak(method: str) -> None:
 
 
 def quality() -> Rows:
+    """Draws every method; the rows are for the preconditioner and for the learning rate that finds itself."""
     best: dict[str, Curve] = {}
     tried: dict[str, str] = {}
     missing: dict[str, str] = {}
@@ -243,12 +248,11 @@ def quality() -> Rows:
         except MissingPeerError as error:
             missing[method.name] = str(error)
             continue
-        best[method.name] = min(curves, key=lambda curve: curve.at(SECONDS * 1.1))
-        tried[method.name] = " ".join(f"{curve.lr:g}: {curve.at(SECONDS * 1.1):.3f}" for curve in curves)
+        best[method.name] = min(curves, key=lambda curve: curve.final)
+        tried[method.name] = ", ".join(f"{curve.final:.3f} with lr {curve.lr:g}" for curve in curves)
     draw(list(best.values()), PICTURE)
-    common = min(curve.times[-1] for curve in best.values())
     rows = []
-    for ours in (method.name for method in METHODS if method.ours):
+    for ours in ("APO-P kron", "APO-LR on Adam"):
         for peer in (method for method in METHODS if not method.ours):
             name = f"{ours}: loss after {SECONDS:g} CPU seconds against {peer.name}"
             if peer.name in missing:
@@ -256,9 +260,9 @@ def quality() -> Rows:
                 continue
             rows.append(
                 value_row(
-                    name, best[ours].at(common), best[peer.name].at(common), unit="loss", peer_name=peer.name,
+                    name, best[ours].final, best[peer.name].final, unit="loss", peer_name=peer.name,
                     peer_version=package_version(peer.package), goal=1.0,
-                    why=f"ours by lr {tried[ours]}; peer {tried[peer.name]}; one seed",
+                    why=f"ours {tried[ours]}; theirs {tried[peer.name]}; one seed",
                 )
             )  # fmt: skip
     return rows
