@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
@@ -48,7 +49,7 @@ class APOPreconditioning(Callback):
     Optimizers after the first have their index appended.
 
     Note:
-        Cost per meta-step: a forward pass without and one with gradient on B and on B' each, and two backward passes.
+        Cost per meta-step: a forward and backward pass on B, two forward and one backward on the part of B'.
         Distributed: the optimizer averages the meta-gradient over ranks.
 
     Source: Bae, Vicol, HaoChen, Grosse 2022, arXiv:2203.00089, section 4.
@@ -57,7 +58,7 @@ class APOPreconditioning(Callback):
     def __init__(
         self,
         fsd_batch: Literal["previous", "loader"] | DataLoader = "previous",  # type: ignore[type-arg]
-        fsd_fraction: float = 1.0,
+        fsd_fraction: float = 0.25,
         output_fn: BatchFn | None = None,
         loss_fn: BatchFn | None = None,
         divergence: str | Divergence = "auto",
@@ -76,6 +77,7 @@ class APOPreconditioning(Callback):
         )
         self._fed: dict[int, tuple[int, APOPreconditioner]] = {}
         self._report: dict[str, float] = {}
+        self._loss: Tensor | None = None
         self._state: dict[str, Any] = {}
 
     @property
@@ -116,6 +118,13 @@ class APOPreconditioning(Callback):
         due = any(optimizer.meta_step_due for _, optimizer in self._fed.values())
         self.look_ahead.observe(batch, batch_idx, pl_module.device, keep_rng=due)
 
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Keep the loss, which the optimizer compares its look-ahead with."""
+        if self.look_ahead.loss_fn is None:
+            scaler = getattr(trainer.precision_plugin, "scaler", None)
+            scale = 1.0 if scaler is None else float(scaler.get_scale())
+            self._loss = loss.detach() * (trainer.accumulate_grad_batches / scale)
+
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Hand the coming step its objective."""
         index, ours = self._fed.get(id(optimizer), (0, None))
@@ -128,6 +137,7 @@ class APOPreconditioning(Callback):
         address = (index, trainer.global_step)
         objective = self.look_ahead.objective(trainer, pl_module, outputs=uses_outputs, address=address)
         if objective is not None:
+            objective.loss_at_anchor, self._loss = self._loss, None
             objective.anchor()
             ours.look_ahead = objective
 
@@ -155,7 +165,7 @@ class APOPreconditioning(Callback):
     def _leave(self, collective: bool) -> None:
         if self._fed:
             self._state = self.look_ahead.state_dict(collective=collective)
-        self._fed = {}
+        self._fed, self._loss = {}, None
         self.look_ahead.forget()
 
     def state_dict(self) -> dict[str, Any]:

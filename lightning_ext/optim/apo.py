@@ -20,6 +20,7 @@ _MATRIX_MODULES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # A meta-step mends a small rise by itself, and a batch or a 16-bit loss shows one where there is none: halving at
 # every rise keeps the steps of noisy training far too short.
 _TOLERATED_RISE = 0.1
+_META_LR = {"multiplicative": 0.3, "adam": 3e-3}
 _PATIENCE = 3  # due steps without an objective before the warning
 
 
@@ -45,10 +46,11 @@ class APOPreconditioner(Optimizer):
             matrix, embeddings get a diagonal, and frozen parameters are left out. Given parameters, those of fewer than
             two dimensions get a diagonal. A convolution's weight counts as ``(out, rest)``.
         lr: :math:`\eta > 0`; a scheduler may change it at any time, and the preconditioner is relative to it.
-        lam_f: :math:`\lambda_F \ge 0`, weight of the function-space discrepancy; default 3.
+        lam_f: :math:`\lambda_F \ge 0`, weight of the function-space discrepancy; default 1.
         lam_w: :math:`\lambda_W \ge 0`, weight of the weight-space discrepancy, which acts as damping.
         structure: ``"kron"`` (S a scalar), ``"ekfac"`` (S of the shape of the weight) or ``"diag"`` (S alone).
-        meta_lr: rate of the meta-updates, at least 0 and, for ``"multiplicative"``, below 1. 0 keeps P.
+        meta_lr: rate of the meta-updates, at least 0 and, for ``"multiplicative"``, below 1. 0 keeps P. Default 0.3 for
+            ``"multiplicative"`` (take 0.03 for full batches at ``every_n_steps=1``), 0.003 for ``"adam"``.
         meta_update: ``"multiplicative"`` steps of known relative size on the group of invertible matrices, or
             ``"adam"`` on the entries as in the paper.
         momentum: decay of the moving average, in [0, 1).
@@ -94,12 +96,12 @@ class APOPreconditioner(Optimizer):
         params: nn.Module | Iterable[Any],
         lr: float = 0.1,
         *,
-        lam_f: float = 3.0,
+        lam_f: float = 1.0,
         lam_w: float = 1e-3,
         structure: Literal["kron", "ekfac", "diag"] = "kron",
-        meta_lr: float = 0.03,
+        meta_lr: float | None = None,
         meta_update: Literal["multiplicative", "adam"] = "multiplicative",
-        momentum: float = 0.9,
+        momentum: float = 0.8,
         every_n_steps: int = 10,
         weight_decay: float = 0.0,
         max_dim: int = 4096,
@@ -116,7 +118,7 @@ class APOPreconditioner(Optimizer):
             "lam_f": lam_f,
             "lam_w": lam_w,
             "structure": structure,
-            "meta_lr": meta_lr,
+            "meta_lr": _META_LR.get(meta_update, 0.0) if meta_lr is None else meta_lr,
             "meta_update": meta_update,
             "momentum": momentum,
             "every_n_steps": every_n_steps,

@@ -162,7 +162,7 @@ _APO = [
     Entry(
         ["APOPreconditioning"],
         "callback-method",
-        lambda: callbacks.APOPreconditioning(loss_fn=components.cross_entropy),
+        lambda: callbacks.APOPreconditioning(fsd_fraction=1.0, loss_fn=components.cross_entropy),
         other=lambda: callbacks.APOPreconditioning(optimizers=[0], fsd_batch="previous", fsd_fraction=0.5),
         module=components.Preconditioned,
         skip={"cli_recipe": _NO_RECIPE},

@@ -185,6 +185,7 @@ def test_a_run_equals_the_paper_written_out_with_autograd(structure):
         meta_lr=0.01,
         lam_f=0.5,
         lam_w=0.2,
+        momentum=0.9,
         weight_decay=0.1,
         every_n_steps=1,
     )

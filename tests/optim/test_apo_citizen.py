@@ -320,3 +320,11 @@ def test_complex_and_sparse_are_refused():
 def test_nothing_to_train_is_refused():
     with pytest.raises(ValueError, match="Sequential given as params has no parameter that requires"):
         APOPreconditioner(mlp().requires_grad_(False))
+
+
+def test_the_default_rate_belongs_to_the_kind_of_meta_update():
+    net = torch.nn.Linear(3, 2)
+    rates = {
+        kind: APOPreconditioner(net, meta_update=kind).param_groups[0]["meta_lr"] for kind in ("multiplicative", "adam")
+    }
+    assert rates == {"multiplicative": 0.3, "adam": 3e-3}
