@@ -162,20 +162,23 @@ def lightning(sweep: Any, title: str, limit: float) -> Figure:
 
 
 def _curve(axes: Axes, comparison: Any, method: str, label: str, against: str = "steps") -> None:
-    """Median over the seeds of the setting that is best at the end, and the range over them."""
+    """Median over the seeds of the setting that is best at the end, and the range; a cross where the median ends."""
     last = comparison.last(method)
     runs = comparison.runs[method][comparison.best(method, last)]
-    steps = runs[0].steps
-    losses = [[run.at(step) for run in runs] for step in steps]
+    whole = max(runs, key=lambda run: len(run.steps))  # one that broke down ends early, and stays infinite
+    losses = [[run.at(step) for run in runs] for step in whole.steps]
     if against == "steps":
-        where: Sequence[float] = steps
+        where: Sequence[float] = whole.steps
     else:
-        where = [statistics.median(times) for times in zip(*(run.seconds for run in runs), strict=True)]
+        complete = [run.seconds for run in runs if len(run.steps) == len(whole.steps)]
+        where = [statistics.median(times) for times in zip(*complete, strict=True)]
     middle = [statistics.median(values) for values in losses]
     axes.plot(where, middle, color=COLOURS[method], label=label, lw=2.2 if "APO" in method else 1.6)
-    axes.fill_between(
-        where, [min(v) for v in losses], [max(v) for v in losses], color=COLOURS[method], alpha=0.13, lw=0
-    )
+    low, high = [min(v) for v in losses], [max(v) for v in losses]
+    axes.fill_between(where, low, high, color=COLOURS[method], alpha=0.13, lw=0)
+    finite = [i for i, loss in enumerate(middle) if math.isfinite(loss)]
+    if finite[-1] + 1 < len(middle):
+        axes.plot(where[finite[-1]], middle[finite[-1]], marker="x", ms=8, mew=2.2, color=COLOURS[method])
 
 
 def regression(comparisons: Mapping[float, Any]) -> Figure:
@@ -202,7 +205,8 @@ def autoencoder(comparison: Any, title: str = "Digits autoencoder, batches of 50
             setting = comparison.best(method, comparison.last(method))
             _curve(left, comparison, method, f"{method} ({setting})")
             _curve(right, comparison, method, method, "seconds")
-        lowest = min(comparison.at(method, comparison.last(method)) for method in comparison.runs)
+        ends = [comparison.at(method, comparison.last(method)) for method in comparison.runs]
+        lowest = min(filter(math.isfinite, ends), default=1.0)
         for axes, what in ((left, "step"), (right, "seconds")):
             axes.set_yscale("log")
             axes.set_ylim(0.85 * lowest, 8.5 * lowest)

@@ -7,7 +7,7 @@ number that could not be read. There is no official code.
 The criteria of A1-6, B1-2, C1 and D1-2 were written down with the prototype's figures before the first run and never
 moved. For the other rows, which say what else the paper claims or where the method falls short, they were fixed before
 the first run of this file. Every comparison gives the other side the best of several settings; APO has its defaults in
-A, D and E, and in B and C the settings that stand in ``_apo_precondition.py``.
+A, D and E, and in B and C the settings of ``_apo_precondition.py``, which come from pilot runs.
 
 - A: learning rates of SGD, SGD with momentum and Adam from ten starts each, digits, in a Trainer.
 - B: an ill-conditioned linear regression, APO-P against first-order methods and a dense Gauss-Newton oracle.

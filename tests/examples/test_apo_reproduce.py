@@ -274,6 +274,22 @@ def test_a_run_that_breaks_down_ends_and_counts_as_infinite(script):
     assert curve.at(0) < 10
 
 
+def test_a_run_that_breaks_down_is_drawn_as_far_as_it_went(script):
+    part, figures = script._part("precondition"), script._part("figures")
+    whole = part.Curve((0, 10, 20), (1.0, 0.5, 0.3), (0.0, 1.0, 2.0))
+    broken = part.Curve((0, 10), (1.0, math.inf), (0.0, 1.0))
+    most = part.Comparison({"Adam": {"one": [broken, broken, whole]}})
+    (axes, _) = figures.autoencoder(most).axes
+    line, cross = axes.lines
+    assert line.get_ydata().tolist() == [1.0, math.inf, math.inf]
+    assert (cross.get_xdata()[0], cross.get_ydata()[0], cross.get_marker()) == (0, 1.0, "x")
+    one = part.Comparison({"Adam": {"one": [broken, whole, whole]}})
+    for axes in figures.autoencoder(one).axes:
+        (line,) = axes.lines
+        assert line.get_ydata().tolist() == [1.0, 0.5, 0.3]
+    assert line.get_xdata().tolist() == [0.0, 1.0, 2.0]
+
+
 def test_the_condition_number_is_the_one_asked_for(script):
     problem = script._part("precondition").regression(0, 1e3)
     x, other = next(problem.batches)
