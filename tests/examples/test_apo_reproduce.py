@@ -237,7 +237,8 @@ def test_half_precision_criteria(script, monkeypatch):
     def found(half, full, accuracy=(0.95, 0.96)):
         def run(structure, weights, preconditioner, seeds, steps):
             narrow = preconditioner == "bfloat16"
-            return part.Precision((half if narrow else full,), (accuracy[not narrow],))
+            losses = half if narrow else full
+            return part.Precision(losses if isinstance(losses, tuple) else (losses,), (accuracy[not narrow],))
 
         monkeypatch.setattr(part, "precision_run", run)
         return [name for name, passed in outcomes(script.half_claims((0,))).items() if not passed]
@@ -245,6 +246,7 @@ def test_half_precision_criteria(script, monkeypatch):
     assert found(0.129, 0.1) == []
     assert found(0.131, 0.1) == ["D1", "D2"]
     assert found(math.inf, math.inf) == ["D1", "D2"]
+    assert found((0.1, 0.1, math.inf), 0.1) == ["D1", "D2"]
     assert found(0.1, 0.1, accuracy=(0.949, 0.96)) == ["D3"]
     monkeypatch.setattr(torch.linalg, "qr", lambda matrix: matrix)
     assert found(0.1, 0.1) == ["D4"]
