@@ -187,7 +187,7 @@ def draw(curves: list[Curve], path: Path) -> None:
             label=f"{curve.method.name}: {curve.final:.3f} (lr {curve.lr:g}, {curve.steps:,} steps)",
         )  # fmt: skip
     axes.set(
-        xscale="log", yscale="log", xlim=(0.03, None), ylim=(0.2, 4.0),
+        xscale="log", yscale="log", xlim=(0.03, 1.25 * max(curve.times[-1] for curve in curves)), ylim=(0.2, 4.0),
         xlabel="CPU seconds, one thread, inside a Trainer", ylabel="reconstruction loss, all training digits",
         title="Digits autoencoder at equal time; best of three learning rates each",
     )  # fmt: skip

@@ -95,7 +95,7 @@ def rate_turns(batch: int, peer: Callable[[torch.nn.Module], torch.optim.Optimiz
         run_theirs = stack.enter_context(Turns().fitting(theirs, loader(images, batch)))
         timing = paired_ratio(
             lambda: run_ours(EVERY), lambda: run_theirs(EVERY),
-            repeats=15 if batch < 1000 else 7, warmup=1, clock=time.process_time,
+            repeats=13 if batch < 1000 else 5, warmup=1, clock=time.process_time,
         )  # fmt: skip
     why = f"{1000 * timing.ours / EVERY:.1f} against {1000 * timing.peer / EVERY:.1f} ms per step, both in a Trainer"
     return timed_row(name, timing, why=why, **row)
@@ -134,7 +134,7 @@ def preconditioner_turns(ours: Preconditioned, peer: Preconditioned, batch: int)
     run_ours(1 + EVERY)
     timing = paired_ratio(
         lambda: run_ours(EVERY), lambda: run_peer(EVERY),
-        repeats=6 if batch < 1000 else 4, warmup=0, clock=time.process_time,
+        repeats=4, warmup=0, clock=time.process_time,
     )  # fmt: skip
     why = f"{1000 * timing.ours / EVERY:.0f} against {1000 * timing.peer / EVERY:.0f} ms per step, plain loops"
     return timed_row(name, timing, peer_name=peer.name, peer_version=peer.version(), goal=1.0, why=why)
@@ -164,12 +164,12 @@ def high_water() -> float:
 
 
 def extra_memory(run: Callable[[int], None], net: torch.nn.Module, images: torch.Tensor) -> float:
-    """Peak MiB of 21 steps beyond the peak of plain gradients on the same batch."""
+    """Peak MiB of eleven steps, two of them with a meta-step, beyond the peak of plain gradients on the same batch."""
     for _ in range(2):
         (0.5 * (net(images) - images).square().sum(1).mean()).backward()
     net.zero_grad()
     before = high_water()
-    run(2 * EVERY + 1)
+    run(EVERY + 1)
     return high_water() - before
 
 
