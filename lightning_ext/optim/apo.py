@@ -46,7 +46,7 @@ class APOPreconditioner(Optimizer):
             matrix, embeddings get a diagonal, and frozen parameters are left out. Given parameters, those of fewer than
             two dimensions get a diagonal. A convolution's weight counts as ``(out, rest)``.
         lr: :math:`\eta > 0`; a scheduler may change it at any time, and the preconditioner is relative to it.
-        lam_f: :math:`\lambda_F \ge 0`, weight of the function-space discrepancy; default 1.
+        lam_f: :math:`\lambda_F \ge 0`, weight of the function-space discrepancy; default 2.
         lam_w: :math:`\lambda_W \ge 0`, weight of the weight-space discrepancy, which acts as damping.
         structure: ``"kron"`` (S a scalar), ``"ekfac"`` (S of the shape of the weight) or ``"diag"`` (S alone).
         meta_lr: rate of the meta-updates, at least 0 and, for ``"multiplicative"``, below 1. 0 keeps P. Default 0.3 for
@@ -96,12 +96,12 @@ class APOPreconditioner(Optimizer):
         params: nn.Module | Iterable[Any],
         lr: float = 0.1,
         *,
-        lam_f: float = 1.0,
+        lam_f: float = 2.0,
         lam_w: float = 1e-3,
         structure: Literal["kron", "ekfac", "diag"] = "kron",
         meta_lr: float | None = None,
         meta_update: Literal["multiplicative", "adam"] = "multiplicative",
-        momentum: float = 0.8,
+        momentum: float = 0.9,
         every_n_steps: int = 10,
         weight_decay: float = 0.0,
         max_dim: int = 4096,

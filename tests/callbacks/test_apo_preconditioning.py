@@ -133,7 +133,7 @@ def test_what_is_logged():
     _, seen = toys.fit(plain(), toys.as_they_are(*wide(batches())), APOPreconditioning(**WHOLE))
     assert {"apo/Q", "apo/loss_lookahead", "apo/fsd", "apo/wsd", "apo/rejected"} <= set(seen.logged[-1])
     last = seen.logged[-1]
-    expected = last["apo/loss_lookahead"] + last["apo/fsd"] + 1e-3 * last["apo/wsd"]
+    expected = last["apo/loss_lookahead"] + 2.0 * last["apo/fsd"] + 1e-3 * last["apo/wsd"]
     assert last["apo/Q"] == pytest.approx(expected, rel=1e-6)
 
 
