@@ -72,7 +72,7 @@ def loss_of(module, batch):
     return share * 0.5 * (module(batch[0])[:, 0] - batch[1]).square().mean()
 
 
-def slope(batch, other, after, moved, lam_f=1.0, lam_w=1e-3):
+def slope(batch, other, after, moved, lam_f=1.0, lam_w=0.1):
     """The derivative of the proximal objective of :class:`Regression` by hand."""
     x, y = batch[:2]
     v = x.T @ (x @ after - y) / len(x) + lam_w * moved

@@ -337,7 +337,7 @@ def digits():
 def overshoot(rate, meta_lr, max_epochs=18, **kwargs):
     """First and largest jump of the log learning rate, and the largest loss in units of the first one."""
     module = Digits(rate)
-    callback = APOLearningRate(lam_f=0.1, every_n_steps=10, warmup_steps=0, meta_lr=meta_lr, **kwargs)
+    callback = APOLearningRate(lam_f=0.1, lam_w=1e-3, every_n_steps=10, warmup_steps=0, meta_lr=meta_lr, **kwargs)
     _, seen = toys.fit(module, digits(), callback, max_epochs=max_epochs, log_every_n_steps=50)
     logs = [math.log(rate), *(math.log(rates[0]) for rates in seen.rates)]
     jumps = [abs(b - a) for a, b in itertools.pairwise(logs)]
