@@ -46,8 +46,8 @@ class APOLearningRate(Callback):
     Args:
         lam_f: :math:`\lambda_F \ge 0`, the weight of the change of the outputs; larger is more cautious. ``"auto"``
             steers it so that the change per step is ``trust_radius`` times the loss.
-        lam_w: :math:`\lambda_W \ge 0`, the weight of the change of the weights. It holds what the outputs cannot: weights
-            before a normalisation, whose scale changes no output.
+        lam_w: :math:`\lambda_W \ge 0`, the weight of the change of the weights. It holds what the outputs do not see:
+            weights before a normalisation, whose scale changes no output.
         trust_radius: for ``lam_f="auto"`` the wanted :math:`D_F / J_B`, above 0.
         every_n_steps: K, optimizer steps per meta-step, at least 1.
         warmup_steps: for so many first steps a secant meta-step follows each of them, so that a start far off is
