@@ -133,14 +133,14 @@ class Method:
 
 
 METHODS = (
-    Method("APO-P kron", _apo("kron"), (0.1, 0.3, 0.5), _feed, ours=True),
-    Method("APO-P ekfac", _apo("ekfac"), (0.1, 0.3, 0.5), _feed, ours=True),
+    Method("APO-P kron", _apo("kron"), (0.01, 0.03, 0.1), _feed, ours=True),
+    Method("APO-P ekfac", _apo("ekfac"), (0.01, 0.03, 0.1), _feed, ours=True),
     Method("APO-LR on Adam", _adam, (1e-4, 1e-3, 1e-2), lambda lr: [APOLearningRate()], ours=True),
     Method("Adam", _adam, (3e-3, 1e-2, 3e-2), package="torch"),
-    Method("Prodigy", prodigy_optimizer, (0.1, 0.3, 1.0), package="prodigyopt"),
+    Method("Prodigy", prodigy_optimizer, (0.05, 0.1, 0.3), package="prodigyopt"),
     Method("schedule-free AdamW", _schedule_free, (0.01, 0.03, 0.05), package="schedulefree"),
     Method("SINGD dense", _singd, (0.01, 0.03, 0.05), module=ClosurelessAutoencoder, package="singd"),
-    Method("SOAP", _soap, (3e-3, 1e-2, 3e-2), package="pytorch_optimizer"),
+    Method("SOAP", _soap, (1e-2, 3e-2, 1e-1), package="pytorch_optimizer"),
     Method("kfac-pytorch", _momentum, (0.01, 0.03, 0.1), lambda lr: [KfacPytorch(lr)], package="kfac_pytorch"),
 )
 
