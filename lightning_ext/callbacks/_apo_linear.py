@@ -1,6 +1,5 @@
 """Whether an optimizer's step is linear in its learning rate, so that it can be rescaled after it was made."""
 
-import copy
 from typing import Any, cast
 
 import torch
@@ -20,11 +19,12 @@ _REFUSED = {
     "Rprop": "it adapts a step size of its own and uses lr only at the start",
     "LBFGS": "it evaluates the loss several times within one step",
     "SparseAdam": "a look-ahead needs dense gradients",
+    "APOPreconditioner": "it learns the length of its steps itself",
 }
-_OWN_RATE = {
+_OWN_RATE = {  # by package, and by name in collections of optimizers
     "schedulefree": "it keeps averaged weights and evaluates elsewhere",
-    "prodigyopt": "it estimates a learning rate of its own",
-    "dadaptation": "it estimates a learning rate of its own",
+    "prodigy": "it estimates a learning rate of its own",
+    "dadapt": "it estimates a learning rate of its own",
 }
 
 
@@ -37,8 +37,8 @@ def check_linear(optimizer: Optimizer, who: str) -> None:
     if kind in _KNOWN:
         return
     reason = next((_REFUSED[base.__name__] for base in kind.__mro__ if base.__name__ in _REFUSED), None)
-    owners = {base.__module__.partition(".")[0] for base in kind.__mro__}
-    reason = reason or next((_OWN_RATE[owner] for owner in owners if owner in _OWN_RATE), None)
+    described = " ".join(f"{base.__module__.partition('.')[0]} {base.__name__}".lower() for base in kind.__mro__)
+    reason = reason or next((why for name, why in _OWN_RATE.items() if name in described), None)
     reason = reason or _probe(optimizer)
     if reason is not None:
         raise MisconfigurationException(
@@ -52,18 +52,19 @@ def _probe(optimizer: Optimizer) -> str | None:
     param = torch.nn.Parameter(torch.randn(6, 4, generator=generator, dtype=torch.float64))
     options = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
     options["lr"] = 0.01
+    start = param.detach().clone()
     try:
-        trial: Optimizer = cast(Any, type(optimizer))([{**options, "params": [param]}])
-        for _ in range(3):
-            param.grad = torch.randn(6, 4, generator=generator, dtype=torch.float64)
-            trial.step()
         moved = []
         for rate in (0.01, 0.005):
-            p, twin = copy.deepcopy((param, trial))
-            p.grad = param.grad.clone()  # type: ignore[union-attr]
-            twin.param_groups[0]["lr"] = rate
-            twin.step()
-            moved.append((p - param).detach())
+            twin = torch.nn.Parameter(start.clone())
+            trial: Optimizer = cast(Any, type(optimizer))([{**options, "params": [twin]}])
+            generator.manual_seed(1)
+            for step in range(4):  # the same path for both, and only the last step at another rate
+                trial.param_groups[0]["lr"] = rate if step == 3 else 0.01
+                before = twin.detach().clone()
+                twin.grad = torch.randn(6, 4, generator=generator, dtype=torch.float64)
+                trial.step()
+            moved.append(twin.detach() - before)
     except Exception as error:  # whatever a foreign optimizer may raise
         return f"whether it is linear in lr could not be tried out ({type(error).__name__}: {error})"
     if torch.allclose(moved[0], 2 * moved[1], rtol=1e-6, atol=0.0) and moved[0].abs().max() > 0:

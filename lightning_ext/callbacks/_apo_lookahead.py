@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_ext._lightning import LightningModule, MisconfigurationException, Trainer, submodule
 from lightning_ext.callbacks._apo_divergence import Divergence, recognise
+from lightning_ext.callbacks._apo_options import NoLoss
 from lightning_ext.callbacks._quiet import undisturbed
 from lightning_ext.functional import ProximalObjective, divergence_named, fold_in
 
@@ -36,8 +37,11 @@ def refuse_sharded(trainer: Trainer, who: str) -> None:
 
 def check_indices(optimizers: Literal["all"] | list[int]) -> Literal["all"] | list[int]:
     """``"all"``, or a list of indices."""
-    if optimizers != "all" and (not optimizers or not all(isinstance(i, int) and i >= 0 for i in optimizers)):
-        raise ValueError(f"optimizers must be 'all' or a list of indices from 0 on; got {optimizers!r}.")
+    if optimizers == "all":
+        return optimizers
+    whole = all(type(i) is int and i >= 0 for i in optimizers)
+    if not optimizers or not whole or len(set(optimizers)) < len(optimizers):
+        raise ValueError(f"optimizers must be 'all' or a list of indices from 0 on, each once; got {optimizers!r}.")
     return optimizers
 
 
@@ -50,7 +54,8 @@ def chosen_optimizers(trainer: Trainer, optimizers: Literal["all"] | list[int], 
     chosen = list(available) if optimizers == "all" else list(optimizers)
     if any(i not in available for i in chosen):
         raise MisconfigurationException(
-            f"{who}: optimizers={optimizers}, but the module has {len(available)} of them, counted from 0."
+            f"{who}: optimizers={optimizers}, but the module has {len(available)} of them, counted from 0. Name those "
+            "that are there."
         )
     return chosen
 
@@ -103,10 +108,14 @@ class LookAhead:
             _random_access(fsd_batch, who)
         self.who, self.output_fn, self.loss_fn = who, output_fn, loss_fn
         self.fsd_batch, self.fsd_fraction, self.seed = fsd_batch, fsd_fraction, seed
+        for name, function in (("output_fn", output_fn), ("loss_fn", loss_fn)):
+            if function is not None and not callable(function):
+                raise ValueError(f"{name} must be a function (module, batch) -> tensor, or None; got {function!r}.")
         if not isinstance(divergence, str) and not callable(divergence):
             raise ValueError(f"divergence must be a name or a function (new, old) -> scalar; got {divergence!r}.")
         by_name = isinstance(divergence, str) and divergence != "auto"
         self.divergence = divergence_named(divergence) if by_name else divergence  # type: ignore[arg-type]
+        self._recognised: Divergence | None = None
         self._batch: Any = None
         self._batch_idx = 0
         self._rng: tuple[Tensor, Tensor | None] | None = None
@@ -131,8 +140,10 @@ class LookAhead:
             )
 
     def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take a restored B' back."""
-        self._batch = self._previous = None
+        """Take a restored B' back; another module may train with another loss than the last one."""
+        self._batch = self._previous = self._recognised = None
+        if self.fsd_batch == "loader":
+            self._loader(trainer)
         if self._saved is not None and len(self._saved) == trainer.world_size:
             previous = self._saved[trainer.global_rank]
             self._previous = apply_to_collection(previous, Tensor, lambda t: t.to(pl_module.device))
@@ -145,11 +156,15 @@ class LookAhead:
             cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
             self._rng = torch.get_rng_state(), cuda
 
-    def batch_done(self) -> None:
+    def batch_done(self, *, keep: bool = True) -> None:
         """Where B was the last batch of an optimizer step, it becomes the previous one."""
         if self.step_made:
-            self._previous, self.step_made = self._batch, False
+            self._previous, self.step_made = (self._batch if keep else None), False
         self._batch = self._rng = None
+
+    def drop_restored(self) -> None:
+        """Let go of what a checkpoint brought."""
+        self._saved = None
 
     def forget(self) -> None:
         """Let go of every batch."""
@@ -161,13 +176,16 @@ class LookAhead:
         if self.fsd_batch == "previous":
             return None if self._previous is None else _part(self._previous, self.fsd_fraction)
         loader = self._loader(trainer)
-        dataset, size = loader.dataset, loader.batch_size or 1
+        dataset = loader.dataset
+        size = int(loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 1)
         size = max(min(size, 2), math.ceil(size * self.fsd_fraction))  # one row is too few for batch norm
         generator = torch.Generator().manual_seed(fold_in(self.seed, self.draws, trainer.global_rank))
         self.draws += 1
         chosen = torch.randint(len(dataset), (size,), generator=generator).tolist()  # type: ignore[arg-type]
         with undisturbed(pl_module):  # transforms draw from the global generators
-            batch = loader.collate_fn([dataset[i] for i in chosen])
+            items = [dataset[i] for i in chosen]
+            ready_made = loader.batch_sampler is None  # batch_size=None: the items are batches
+            batch = items[0] if ready_made else loader.collate_fn(items)
             batch = trainer.precision_plugin.convert_input(batch)
             batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)  # also that of a data module
             return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
@@ -182,7 +200,7 @@ class LookAhead:
         self, trainer: Trainer, pl_module: LightningModule, *, outputs: bool, address: Sequence[int]
     ) -> ProximalObjective | None:
         """Return the objective of the coming step, or ``None`` where it needs a batch B' and there is none yet."""
-        batch, batch_idx = self._batch, self._batch_idx
+        batch, batch_idx, rng = self._batch, self._batch_idx, self._rng
         other = self._other_batch(trainer, pl_module) if outputs else None
         if outputs and other is None:
             return None
@@ -190,11 +208,13 @@ class LookAhead:
 
         def loss_fn() -> Tensor:
             with self._side(trainer, pl_module):
-                if self._rng is not None:
-                    torch.set_rng_state(self._rng[0])
-                    if self._rng[1] is not None:
-                        torch.cuda.set_rng_state(self._rng[1], pl_module.device)
+                _set_rng(rng, pl_module.device)
                 return self._loss(pl_module, batch, batch_idx)
+
+        def outputs_of_loss() -> Tensor:
+            with self._side(trainer, pl_module):
+                _set_rng(rng, pl_module.device)
+                return self._outputs(pl_module, batch)
 
         def output_fn(chosen: Any = other) -> Tensor:
             with self._side(trainer, pl_module):
@@ -203,15 +223,19 @@ class LookAhead:
                     torch.cuda.manual_seed(seed)
                 return self._outputs(pl_module, chosen)
 
-        if outputs and self.divergence == "auto":
-            with torch.no_grad():
-                name, self.divergence = recognise(output_fn(batch), batch, loss_fn())
-            rank_zero_info(f"{self.who}: the loss is measured by divergence={name!r}.")
+        if outputs and self.divergence == "auto" and self._recognised is None:
+            try:
+                with torch.no_grad():
+                    found = recognise(outputs_of_loss(), batch, loss_fn(), self.who)
+            except NoLoss:
+                return None
+            self._recognised = found.divergence
+            rank_zero_info(f"{self.who}: the change of the outputs is measured by {found}.")
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         return ProximalObjective(
             loss_fn,
             output_fn if outputs else None,
-            self.divergence,  # type: ignore[arg-type]
+            self._recognised or self.divergence,  # type: ignore[arg-type]
             grad_scale=1.0 if scaler is None else float(scaler.get_scale()),
         )
 
@@ -230,6 +254,8 @@ class LookAhead:
             name = "training_step"
             result: Any = pl_module.training_step(batch, *([batch_idx] if takes_index else []))
             loss = result["loss"] if isinstance(result, dict) and "loss" in result else result
+            if loss is None:
+                raise NoLoss
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise MisconfigurationException(
                 f"{self.who}: {name} must return a scalar loss; got {_described(loss)}. Pass loss_fn=..., a function "
@@ -278,6 +304,14 @@ class LookAhead:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take the state back; B' moves to its device when training starts."""
         self.draws, self._saved = state["draws"], state["previous"]
+
+
+def _set_rng(state: tuple[Tensor, Tensor | None] | None, device: torch.device) -> None:
+    """Start from the random state that the training pass started from."""
+    if state is not None:
+        torch.set_rng_state(state[0])
+        if state[1] is not None:
+            torch.cuda.set_rng_state(state[1], device)
 
 
 def _random_access(loader: Any, who: str) -> DataLoader[Any]:

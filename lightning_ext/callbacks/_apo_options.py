@@ -25,6 +25,19 @@ class RateOptions:
     space: Literal["log", "linear"]
 
 
+class NoLoss(Exception):  # noqa: N818 - not an error: training_step may return None
+    """There is no loss on this batch."""
+
+
+def as_bounds(bounds: Any) -> tuple[float, float]:
+    """``(low, high)`` from any pair of numbers."""
+    try:
+        low, high = bounds
+        return float(low), float(high)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"lr_bounds must be (low, high) with 0 < low < high; got {bounds!r}.") from error
+
+
 def one_of(name: str, value: Any, allowed: Sequence[str]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}.")
@@ -37,6 +50,9 @@ def check(o: RateOptions) -> None:
     for name, value in (("max_log_step", o.max_log_step), ("trust_radius", o.trust_radius)):
         if not value > 0:
             raise ValueError(f"{name} must be above 0; got {value}.")
+    for name in ("every_n_steps", "warmup_steps"):
+        if not isinstance(getattr(o, name), int):
+            raise ValueError(f"{name} must be a whole number; got {getattr(o, name)!r}.")
     if o.every_n_steps < 1 or o.warmup_steps < 0:
         name, low = ("every_n_steps", 1) if o.every_n_steps < 1 else ("warmup_steps", 0)
         raise ValueError(f"{name} must be at least {low}; got {getattr(o, name)}.")
@@ -52,6 +68,8 @@ def _check_weights(o: RateOptions) -> None:
     if isinstance(o.lam_f, str) and o.lam_f != "auto":
         raise ValueError(f"lam_f must be a number of at least 0 or 'auto'; got {o.lam_f!r}.")
     for name, value in (("lam_f", 1.0 if o.lam_f == "auto" else o.lam_f), ("lam_w", o.lam_w)):
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            raise ValueError(f"{name} must be a number of at least 0; got {value!r}.")
         if not (value >= 0 and math.isfinite(value)):
             raise ValueError(f"{name} must be at least 0 and finite; got {value}.")
     if o.loss_batch == "next":

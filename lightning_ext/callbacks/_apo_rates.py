@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_ext.callbacks._apo_options import RateOptions
+from lightning_ext.callbacks._apo_options import NoLoss, RateOptions
 from lightning_ext.functional import (
     ProximalObjective,
     inner_products,
@@ -53,6 +53,16 @@ def blocks_of(optimizer: Optimizer, names: dict[int, str], by_layer: bool) -> li
     return list(blocks.values())
 
 
+def _own_rates(optimizer: Optimizer) -> None:
+    """Give each group its own tensor: torch puts one learning rate, given as a tensor, into all groups."""
+    seen: set[int] = set()
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            if group["lr"].data_ptr() in seen:
+                group["lr"] = group["lr"].clone()
+            seen.add(group["lr"].data_ptr())
+
+
 class RateController:
     """Adapts the learning rates of one optimizer.
 
@@ -71,19 +81,22 @@ class RateController:
         reduce: Callable[[Tensor], Tensor],
     ) -> None:
         self.optimizer, self.index, self.options, self.reduce = optimizer, index, options, reduce
+        self.names = names
         self.blocks = blocks_of(optimizer, names, options.granularity == "layer")
+        _own_rates(optimizer)
         self.by_layer = options.granularity == "layer"
         self.scales_group = beside_scheduler and not self.by_layer
         width = 1 if options.granularity == "global" else len(self.blocks)
         self.second_moment = torch.zeros(width, dtype=torch.float64)
         self.multiplier = torch.ones(len(self.blocks), dtype=torch.float64)
         self.lam_f = 0.3 if options.lam_f == "auto" else options.lam_f
-        self.count = self.meta_count = self.rejections = 0
+        self.count = self.meta_count = self.rms_count = self.rejections = 0
         self.report: dict[str, float] = {}
         self.paused = False  # another component has taken the learning rate over
         self._pending: Pending | None = None
-        self._carried: list[Tensor] | None = None
+        self._carried: tuple[list[Tensor], list[float]] | None = None  # the last step, and the rates that made it
         self._scheduled: list[Any] = []
+        self.made_at: list[float] = []
 
     # -- learning rates
 
@@ -121,10 +134,22 @@ class RateController:
                 self._set(block.group, self._scheduled[block.group] * float(multiplier))
 
     def leave_step(self) -> None:
-        """Give the scheduler its own number back."""
+        """Remember the rates of the step, and give the scheduler its own number back."""
+        self.made_at = self.rates()
         scheduled, self._scheduled = self._scheduled, []
         for group, rate in enumerate(scheduled):
             self._set(group, rate)
+
+    def _follow_groups(self) -> None:
+        """Take parameter groups in that were added since, as gradual unfreezing does."""
+        if len(self.optimizer.param_groups) > self.blocks[-1].group + 1:
+            self.blocks = blocks_of(self.optimizer, self.names, self.by_layer)
+            new = len(self.blocks) - len(self.multiplier)
+            self.multiplier = torch.cat([self.multiplier, torch.ones(new, dtype=torch.float64)])
+            if self.options.granularity != "global":
+                self.second_moment = torch.cat([self.second_moment, torch.zeros(new, dtype=torch.float64)])
+            self._carried = None
+            _own_rates(self.optimizer)
 
     # -- the step
 
@@ -152,7 +177,13 @@ class RateController:
     ) -> None:
         """The gradient is there, the weights have not moved yet; a gradient scaler may still skip the step."""
         self._pending = None
+        self._follow_groups()
         params = [p for block in self.blocks for p in block.params if p.grad is not None and p.requires_grad]
+        if any(p.grad is not None and p.grad.is_sparse for p in params):
+            raise RuntimeError(
+                f"APOLearningRate needs dense gradients, and optimizer {self.index} has sparse ones. Use "
+                "nn.Embedding(..., sparse=False), or leave it out with optimizers=[...]."
+            )
         if self._carried is not None and params:
             self._meta_step_on_next_gradient(grad_scale)
         objective = None
@@ -161,7 +192,7 @@ class RateController:
             if objective is not None:
                 objective.anchor(evaluate_loss=False)
         watched = objective is not None or (self.due and self.options.loss_batch == "next")
-        if params and (watched or self.by_layer):
+        if params and (watched or (self.by_layer and not self.paused)):
             grads = None
             if objective is not None and self.needs_gradient:
                 grads = [p.grad.detach() / grad_scale for p in params if p.grad is not None]
@@ -174,7 +205,7 @@ class RateController:
         pending, self._pending = self._pending, None
         if pending is not None:
             moved = list(torch._foreach_sub([p.detach() for p in pending.params], pending.old))
-            if self.by_layer:
+            if self.by_layer and not self.paused:
                 self._rescale(pending.params, moved, [float(m) for m in self.multiplier])
             if pending.objective is not None:
                 self._look(pending, moved, pending.objective)
@@ -203,7 +234,10 @@ class RateController:
         if pending.skippable and not any(bool(m.any()) for m in moved):
             return  # fused optimizers are called even where the scaler has found infinite gradients
         # Without lam_w in the gradient: its part of the slopes follows from the squares, a pass over the weights less.
-        step = objective.gradient(params, moved, lam_f=self.lam_f, lam_w=0.0)
+        try:
+            step = objective.gradient(params, moved, lam_f=self.lam_f, lam_w=0.0)
+        except NoLoss:  # training_step had none for this micro-batch either
+            return
         slopes = [self._per_block(params, inner_products(step.gradient, moved) + lam_w * step.squares)]
         if pending.grads is not None:
             slopes.append(self._per_block(params, inner_products(pending.grads, moved)))
@@ -221,6 +255,7 @@ class RateController:
             self._reject(pending, moved, loss, value)
             return
         if wsd == 0.0:
+            self._grow_rounded_step(numbers[:n])
             return
         before = numbers[n : 2 * n] if pending.grads is not None else None
         ratios = self._adapt(numbers[:n], before)
@@ -230,8 +265,17 @@ class RateController:
             self.lam_f = trust_region_weight(self.lam_f, fsd, self.options.trust_radius * max(abs(loss), 1e-12))
         self._tell(loss, fsd, wsd, value, numbers[:n])
 
-    def _adapt(self, slope: Tensor, slope_before: Tensor | None) -> list[float]:
-        """Make a meta-step; returns by how much every block's learning rate changed."""
+    def _grow_rounded_step(self, slope: Tensor) -> None:
+        """In 16 bits a step may be too short to move any weight: a longer one will."""
+        high = self.options.lr_bounds[1]
+        if self.options.meta_lr > 0:
+            self._scale([min(2.0, high / rate) if 0 < rate < high else 1.0 for rate in self.rates()])
+
+    def _adapt(self, slope: Tensor, slope_before: Tensor | None, made_by: list[float] | None = None) -> list[float]:
+        """Make a meta-step; returns by how much every block's learning rate changed.
+
+        ``made_by``: the rates of the step that the slope belongs to, where they are not those of now.
+        """
         options, n = self.options, len(self.blocks)
         tied = options.granularity == "global"
         if tied:
@@ -246,19 +290,21 @@ class RateController:
         elif slope_before is not None:
             change = secant_log_step(slope_before, slope)
         elif options.space == "linear":
-            ratio = 1 - options.meta_lr * slope.expand(n) / rates.square()
-            change = ratio.clamp_min(torch.finfo(torch.float64).tiny).log()
+            made = rates if made_by is None else torch.tensor(made_by, dtype=torch.float64)
+            tiny = torch.finfo(torch.float64).tiny
+            ratio = 1 - options.meta_lr * slope.expand(n) / (made * rates).clamp_min(tiny)
+            change = ratio.clamp_min(tiny).log()
         elif options.meta_optimizer == "sgd":
             change = sgd_log_step(slope, options.meta_lr)
         else:
-            k = self.meta_count
-            change, self.second_moment = rmsprop_log_step(slope, self.second_moment, k, options.meta_lr)
+            self.rms_count += 1  # of its own: the second moment stands still while rates warm up
+            change, self.second_moment = rmsprop_log_step(slope, self.second_moment, self.rms_count, options.meta_lr)
         change = change.clamp(-options.max_log_step, options.max_log_step).expand(n)
         low, high = options.lr_bounds
         # A rate that a schedule has taken beyond a bound is not pulled back: the factor would leap.
         wanted = rates * change.exp()
         wanted = wanted.maximum(rates.clamp_max(low)).minimum(rates.clamp_min(min(high, ceiling)))
-        moves = change != 0
+        moves = (change != 0) & (rates > 0)  # a schedule may hold a group at 0
         self._scale([float(w / r) if m else 1.0 for m, w, r in zip(moves, wanted, nominal, strict=True)])
         return [float(w / r) if m else 1.0 for m, w, r in zip(moves, wanted, rates, strict=True)]
 
@@ -271,15 +317,19 @@ class RateController:
 
     def _reject(self, pending: Pending, moved: list[Tensor], loss: float, value: float) -> None:
         """Take the step back to a shorter one, or wholly where it led to nothing finite."""
+        if self.options.meta_lr == 0:
+            return
         self.rejections += 1
         if all(bool(m.isfinite().all()) for m in moved):
             self._rescale(pending.params, moved, [REJECTED] * len(self.blocks))
         else:
             if not all(bool(old.isfinite().all()) for old in pending.old):
+                rates = ", ".join(f"{rate:.3g}" for rate in self.rates())
                 raise RuntimeError(
-                    f"the weights were not finite any more before the look-ahead at step {self.count} of optimizer "
-                    f"{self.index}: training broke down between two meta-steps. Lower every_n_steps or lr_bounds, or "
-                    "start from a smaller learning rate."
+                    f"APOLearningRate: the weights of optimizer {self.index} were not finite any more before the "
+                    f"look-ahead at step {self.count}; its learning rate is {rates}. Training broke down "
+                    "between two meta-steps: raise lam_f (more cautious), lower every_n_steps, or lower the upper end "
+                    "of lr_bounds."
                 )
             for param, old in zip(pending.params, pending.old, strict=True):
                 param.copy_(old)
@@ -295,12 +345,12 @@ class RateController:
     def _carry(self, params: list[Tensor], moved: list[Tensor]) -> None:
         moves = {id(p): m for p, m in zip(params, moved, strict=True)}
         every = [p for block in self.blocks for p in block.params]
-        self._carried = [moves.get(id(p), torch.zeros_like(p)) for p in every]
+        self._carried = [moves.get(id(p), torch.zeros_like(p)) for p in every], self.made_at
 
     def _meta_step_on_next_gradient(self, grad_scale: float) -> None:
-        carried, self._carried = self._carried, None
+        (carried, made_by), self._carried = self._carried or ([], []), None
         every = [p for block in self.blocks for p in block.params]
-        pairs = [(p, m) for p, m in zip(every, carried or [], strict=True) if p.grad is not None]
+        pairs = [(p, m) for p, m in zip(every, carried, strict=True) if p.grad is not None]
         params, moved = [p for p, _ in pairs], [m for _, m in pairs]
         grads = [p.grad.detach() / grad_scale for p in params if p.grad is not None]
         square = inner_products(moved, moved)
@@ -309,7 +359,7 @@ class RateController:
         wsd = float(square.sum()) / 2
         if wsd == 0.0 or not numbers.isfinite().all():
             return  # no step was made, or the new gradient is not finite and says nothing about the last step
-        self._adapt(numbers, None)
+        self._adapt(numbers, None, made_by)
         self._tell(math.nan, math.nan, wsd, math.nan, numbers)
 
     # -- what is seen and saved
@@ -331,23 +381,28 @@ class RateController:
         return {
             "count": self.count,
             "meta_count": self.meta_count,
+            "rms_count": self.rms_count,
             "rejections": self.rejections,
             "lam_f": float(self.lam_f),
             "second_moment": self.second_moment.clone(),
             "multiplier": self.multiplier.clone(),
-            "carried": None if self._carried is None else [m.detach().cpu().clone() for m in self._carried],
+            "carried": None if self._carried is None else [m.detach().cpu().clone() for m in self._carried[0]],
+            "made_by": None if self._carried is None else list(self._carried[1]),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if len(state["multiplier"]) != len(self.blocks) or len(state["second_moment"]) != len(self.second_moment):
+        if len(state["multiplier"]) > len(self.blocks) or len(state["second_moment"]) > len(self.second_moment):
             raise ValueError(
                 f"the checkpoint has {len(state['multiplier'])} learning rates for optimizer {self.index}, this run "
                 f"has {len(self.blocks)}: granularity, optimizers or param groups have changed."
             )
         self.count, self.meta_count, self.rejections = state["count"], state["meta_count"], state["rejections"]
-        self.second_moment, self.multiplier = state["second_moment"].clone(), state["multiplier"].clone()
+        self.rms_count = state["rms_count"]
+        self.second_moment[: len(state["second_moment"])] = state["second_moment"]  # groups may have been added since
+        self.multiplier[: len(state["multiplier"])] = state["multiplier"]
         if self.options.lam_f == "auto":
             self.lam_f = state["lam_f"]
         every = [p for block in self.blocks for p in block.params]
         carried = state["carried"]
-        self._carried = None if carried is None else [m.to(p.device) for p, m in zip(every, carried, strict=True)]
+        if carried is not None and len(carried) == len(every):
+            self._carried = [m.to(p.device) for p, m in zip(every, carried, strict=True)], state["made_by"]

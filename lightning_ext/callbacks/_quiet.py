@@ -43,19 +43,18 @@ def undisturbed(pl_module: LightningModule) -> Iterator[None]:
     modules = list(pl_module.modules())
     modes = [module.training for module in modules]
     buffers = [
-        (module, name, buffer, buffer.clone())
-        for module in modules
-        for name, buffer in module._buffers.items()
-        if buffer is not None
+        (module, name, buffer) for module in modules for name, buffer in module._buffers.items() if buffer is not None
     ]
+    copies = {id(buffer): buffer.clone() for _, _, buffer in buffers}
+    for module, name, buffer in buffers:  # work on copies: a graph built here may need them after the guard
+        module._buffers[name] = copies[id(buffer)]
     metrics = [(module, _attributes(module)) for module in modules if isinstance(module, Metric)]
     try:
         with quietly(pl_module):
             yield
     finally:
-        for module, name, buffer, value in buffers:
+        for module, name, buffer in buffers:
             module._buffers[name] = buffer
-            buffer.data.copy_(value)  # through .data: a graph that is still needed may have saved the buffer
         for metric, attributes in metrics:
             vars(metric).update(attributes)
         for module, mode in zip(modules, modes, strict=True):

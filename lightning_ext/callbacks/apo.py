@@ -20,7 +20,7 @@ from lightning_ext.callbacks._apo_lookahead import (
     publish,
     refuse_sharded,
 )
-from lightning_ext.callbacks._apo_options import RateOptions, check, one_of
+from lightning_ext.callbacks._apo_options import RateOptions, as_bounds, check, one_of
 from lightning_ext.callbacks._apo_rates import RateController
 
 __all__ = ["APOLearningRate", "HypergradientLR"]
@@ -67,7 +67,7 @@ class APOLearningRate(Callback):
         output_fn: ``(module, batch) -> outputs``; default ``module(batch[0])``.
         loss_fn: ``(module, batch) -> loss``; default the module's ``training_step``. Needed under manual optimisation.
         divergence: ``"kl"``, ``"bernoulli_kl"``, ``"mse"``, ``"squared_error"``, a function ``(new, old) -> scalar``,
-            or ``"auto"``: recognised by the value of the loss.
+            or ``"auto"``: recognised by the value of the loss. ``"kl"`` has the classes last.
         optimizers: ``"all"``, or the indices of those to adapt. With several under manual optimisation use one callback
             for each, with its own ``loss_fn``.
         on_scheduler: what to do with a learning-rate scheduler on the same optimizer: ``"error"``, or ``"multiply"``: a
@@ -137,7 +137,7 @@ class APOLearningRate(Callback):
             meta_optimizer=meta_optimizer,
             max_log_step=max_log_step,
             granularity=granularity,
-            lr_bounds=(float(lr_bounds[0]), float(lr_bounds[1])),
+            lr_bounds=as_bounds(lr_bounds),
             apply=apply,
             loss_batch=loss_batch,
             space="log",
@@ -162,15 +162,8 @@ class APOLearningRate(Callback):
 
     @property
     def state_key(self) -> str:
-        """Tells two instances apart by the optimizers they adapt and by how."""
-        o = self.options
-        return self._generate_state_key(
-            optimizers=self.optimizers,
-            lam_f=o.lam_f,
-            granularity=o.granularity,
-            loss_batch=o.loss_batch,
-            every_n_steps=o.every_n_steps,
-        )
+        """Tells two instances apart by the optimizers they adapt."""
+        return self._generate_state_key(optimizers=self.optimizers)
 
     # -- setting up
 
@@ -181,6 +174,7 @@ class APOLearningRate(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the module, its optimizers and schedulers before anything runs."""
+        self._check_alone(trainer)
         if self.options.loss_batch == "same":
             self.look_ahead.check(pl_module)
         for index in chosen_optimizers(trainer, self.optimizers, type(self).__name__):
@@ -212,6 +206,19 @@ class APOLearningRate(Callback):
             self._hooks.append(optimizer.register_step_post_hook(lambda *_, c=controller: self._after(c)))
         self._restored = False
 
+    def _check_alone(self, trainer: Trainer) -> None:
+        """Two of them on one optimizer would each rescale what the other has just rescaled."""
+        name = type(self).__name__
+        mine = set(chosen_optimizers(trainer, self.optimizers, name))
+        for other in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(other, APOLearningRate) and other is not self:
+                both = mine & set(chosen_optimizers(trainer, other.optimizers, type(other).__name__))
+                if both:
+                    raise MisconfigurationException(
+                        f"{name} and {type(other).__name__} both adapt optimizer {min(both)}. Keep one of them, or "
+                        "give each its own with optimizers=[...]."
+                    )
+
     def _check_scheduler(self, trainer: Trainer, optimizer: Optimizer) -> None:
         if self.on_scheduler == "multiply":
             return
@@ -226,13 +233,18 @@ class APOLearningRate(Callback):
     def _check_rates(self, optimizer: Optimizer, index: int) -> None:
         low, high = self.options.lr_bounds
         rates = [float(group["lr"]) for group in optimizer.param_groups]
+        if any(p.is_complex() for group in optimizer.param_groups for p in group["params"]):
+            raise MisconfigurationException(
+                f"{type(self).__name__}: optimizer {index} has complex parameters, whose slopes are not defined here. "
+                "Train their real view (torch.view_as_real), or leave it out with optimizers=[...]."
+            )
         trainable = any(p.requires_grad for group in optimizer.param_groups for p in group["params"])
         if not trainable:
             raise MisconfigurationException(f"{type(self).__name__}: optimizer {index} has no trainable parameter.")
         if self.on_scheduler == "error" and not all(low <= rate <= high for rate in rates):
             raise MisconfigurationException(
                 f"{type(self).__name__}: optimizer {index} starts with lr={rates}, outside lr_bounds=({low}, {high}). "
-                "Start inside the bounds, or widen them."
+                "Start inside the bounds, above 0, or widen them."
             )
 
     # -- training
@@ -279,7 +291,7 @@ class APOLearningRate(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log what the last meta-step found, and keep the batch for the next one."""
-        self.look_ahead.batch_done()
+        self.look_ahead.batch_done(keep=self.options.lam_f != 0)
         if publish(trainer, {key: value for c in self._controllers.values() for key, value in c.report.items()}):
             for controller in self._controllers.values():
                 controller.report = {}
@@ -306,8 +318,11 @@ class APOLearningRate(Callback):
         self._release(collective=False)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave the optimizers alone again."""
+        """Leave the optimizers alone again; a checkpoint that was loaded for a test is none for the next training."""
         self._release()
+        if stage != "fit":
+            self._restored = False
+            self.look_ahead.drop_restored()
 
     # -- state
 

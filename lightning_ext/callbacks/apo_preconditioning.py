@@ -45,7 +45,8 @@ class APOPreconditioning(Callback):
             DeepSpeed, manual optimisation without ``loss_fn``.
 
     Logs, of the last meta-step, whenever the Trainer logs and at the end of an epoch: ``apo/Q``,
-    ``apo/loss_lookahead``, ``apo/fsd``, ``apo/wsd``, ``apo/rejected`` (1 where the last meta-step was rejected).
+    ``apo/loss_lookahead``, ``apo/loss_before``, ``apo/fsd``, ``apo/wsd``, ``apo/slope`` (of Q along the step), and
+    ``apo/rejected`` (1 where the last meta-step was rejected).
     Optimizers after the first have their index appended.
 
     Note:
@@ -165,8 +166,15 @@ class APOPreconditioning(Callback):
     def _leave(self, collective: bool) -> None:
         if self._fed:
             self._state = self.look_ahead.state_dict(collective=collective)
+        for _, optimizer in self._fed.values():
+            optimizer.look_ahead = None
         self._fed, self._loss = {}, None
         self.look_ahead.forget()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """A checkpoint that was loaded for a test is none for the next training."""
+        if stage != "fit":
+            self.look_ahead.drop_restored()
 
     def state_dict(self) -> dict[str, Any]:
         """The previous batch while it is small; everything else is in the optimizer's state."""

@@ -105,7 +105,7 @@ class ProximalObjective:
 
         Raises:
             RuntimeError: If outputs are needed and ``anchor`` was not called.
-            ValueError: If the loss is not a scalar.
+            ValueError: If the loss is not a scalar, or nothing depends on the parameters.
         """
         with torch.enable_grad():
             loss = self.loss_fn()
@@ -119,6 +119,10 @@ class ProximalObjective:
                 fsd = self.divergence(self.output_fn(), self._outputs)
                 total = total + lam_f * fsd
             grads = torch.autograd.grad(total * self.grad_scale, list(params), allow_unused=True)
+        if all(g is None for g in grads):
+            raise ValueError(
+                "neither the loss nor the outputs depend on these parameters; check loss_fn and output_fn."
+            )
         with torch.no_grad():
             moved = [d.to(p.dtype) for p, d in zip(params, displacement, strict=True)]
             v = [torch.zeros_like(p) if g is None else g for p, g in zip(params, grads, strict=True)]

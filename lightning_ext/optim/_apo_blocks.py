@@ -54,10 +54,15 @@ class Prepared:
         self._working = (A, B, S)
         self._left: tuple[Tensor, ...] = ()
         self._right: tuple[Tensor, ...] = ()
+        self._scale = S.square()
         if S.ndim == 0 and A is not None and B is not None:
+            (A, size_a), (B, size_b) = _normalised(A), _normalised(B)
+            self._scale = self._scale * (size_a * size_b).square()
             self._right = self._side(A, len(B), every_n_steps)
-            first, *rest = self._side(B, len(A), every_n_steps)
-            self._left = ((first * S.square()).to(dtype), *rest)
+            self._left = self._side(B, len(A), every_n_steps)
+            if dtype not in _HALF:  # one product less per step; in 16 bits the scale waits for the result
+                self._left = ((self._left[0] * self._scale).to(dtype), *self._left[1:])
+                self._scale = torch.ones_like(self._scale)
 
     @staticmethod
     def _side(factor: Tensor, other: int, every_n_steps: int) -> tuple[Tensor, ...]:
@@ -78,7 +83,15 @@ class Prepared:
             gradient = gradient @ factor if factor.ndim == 2 else gradient * factor
         for factor in reversed(self._left):
             gradient = factor @ gradient if factor.ndim == 2 else factor[:, None] * gradient
-        return gradient
+        return (gradient * self._scale).to(gradient.dtype) if gradient.dtype in _HALF else gradient
+
+
+def _normalised(factor: Tensor) -> tuple[Tensor, Tensor]:
+    """A factor of the size of the identity, and what it was divided by; only the product of both factors is fixed."""
+    size = torch.linalg.vector_norm(factor, dtype=at_least_single(factor.dtype)) / len(factor) ** 0.5
+    if factor.dtype not in _HALF:
+        return factor, torch.ones_like(size)
+    return (factor / size).to(factor.dtype), size
 
 
 def _versions(factors: tuple[Tensor | None, ...]) -> tuple[int, ...]:

@@ -45,7 +45,8 @@ class APOPreconditioner(Optimizer):
             ``{"params": module}``), the bias of a ``Linear`` or ``Conv`` layer is the last input column of its weight's
             matrix, embeddings get a diagonal, and frozen parameters are left out. Given parameters, those of fewer than
             two dimensions get a diagonal. A convolution's weight counts as ``(out, rest)``.
-        lr: :math:`\eta > 0`; a scheduler may change it at any time, and the preconditioner is relative to it.
+        lr: :math:`\eta > 0`. The preconditioner is relative to it and learns the length of the step: it follows a
+            schedule's change with one of its own, so prefer a constant. While it is 0 nothing is learned.
         lam_f: :math:`\lambda_F \ge 0`, weight of the function-space discrepancy; default 2.
         lam_w: :math:`\lambda_W \ge 0`, weight of the weight-space discrepancy, which acts as damping.
         structure: ``"kron"`` (S a scalar), ``"ekfac"`` (S of the shape of the weight) or ``"diag"`` (S alone).
@@ -173,7 +174,8 @@ class APOPreconditioner(Optimizer):
     def meta_step_due(self) -> bool:
         """Whether the next step moves the preconditioner if it is given an objective."""
         first = self.param_groups[0]
-        return bool(first["step"] % first["every_n_steps"] == 0)
+        moves = any(group["lr"] > 0 for group in self.param_groups)  # a step of no length teaches nothing
+        return bool(moves and first["step"] % first["every_n_steps"] == 0)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, *, look_ahead: ProximalObjective | None = None) -> Any:
@@ -288,6 +290,9 @@ class APOPreconditioner(Optimizer):
         finally:
             torch._foreach_copy_(params, before)
         gradient, rejected = self._judge(found, displacement, objective.loss_at_anchor)
+        scalars = [value for name, value in (self.last_meta_step or {}).items() if name != "slope"]
+        if rejected and objective.grad_scale != 1.0 and all(map(math.isfinite, scalars)) and not self._worse():
+            return  # the gradient overflowed at the current loss scale, the look-ahead itself is sound
         remaining = iter(gradient)
         for block, direction in zip(blocks, directions, strict=True):
             cotangents = [next(remaining) for _ in block.params]
@@ -313,10 +318,15 @@ class APOPreconditioner(Optimizer):
         report = dict(zip([*scalars, "slope"], values, strict=True))
         # One that is not finite in a gradient shows in the slope, whatever it is multiplied by.
         finite = all(map(math.isfinite, report.values()))
-        before = report.get("loss_before", math.inf)
-        report["rejected"] = float(not finite or report["value"] > before + _TOLERATED_RISE * abs(before))
         self.last_meta_step = report
+        report["rejected"] = float(not finite or self._worse())
         return gradient, bool(report["rejected"])
+
+    def _worse(self) -> bool:
+        """Whether the last look-ahead raised the loss by more than its noise."""
+        report = self.last_meta_step or {}
+        before = report.get("loss_before", math.inf)
+        return report.get("value", math.inf) > before + _TOLERATED_RISE * abs(before)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up a saved state; factors, norms and moments keep the dtypes they were saved with.

@@ -235,7 +235,7 @@ def test_stochastic_weight_averaging_takes_the_learning_rate_over(granularity):
     assert all(b <= a for a, b in itertools.pairwise(rates[4:])), "annealed by the other callback alone"
 
 
-def test_a_new_parameter_group_in_the_middle_of_training_is_left_alone():
+def test_a_new_parameter_group_in_the_middle_of_training_is_taken_in():
     class Thaws(Callback):
         def on_train_epoch_start(self, trainer, pl_module):
             if trainer.current_epoch == 1:
@@ -244,7 +244,7 @@ def test_a_new_parameter_group_in_the_middle_of_training_is_left_alone():
     module = toys.Classifier()
     module.optimizer = lambda p: torch.optim.SGD(module.net[4].parameters(), lr=0.05, momentum=0.9)
     _, seen = toys.fit(module, toys.loader(24), APOLearningRate(), Thaws(), max_epochs=2)
-    assert seen.rates[-1][1] == 0.001
+    assert seen.rates[4][1] != seen.rates[-1][1] != 0.001
     assert len({rates[0] for rates in seen.rates}) == 8
     assert not torch.equal(seen.after[-1][0], seen.before[4][0])
 

@@ -81,11 +81,22 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_the_divergence_of_a_common_loss_is_found(name):
     z, batch, loss, wanted, divergence = CASES[name]
-    found, chosen = recognise(z, batch, loss(z, batch[1]))
+    found, factor, chosen = recognise(z, batch, loss(z, batch[1]))
     assert found == wanted
+    assert 0.3 < factor < 3
     other = z + 0.3 * draw(*z.shape).flip(0)
-    assert chosen(other, z).item() == pytest.approx(divergence(other, z).item(), rel=1e-6)
+    assert chosen(other, z).item() == pytest.approx(factor * divergence(other, z).item(), rel=1e-6)
     assert chosen(other, z) > 0
+
+
+@pytest.mark.parametrize("times", [1e-3, 50.0])
+def test_a_loss_on_another_scale_brings_its_scale(times):
+    z, target = draw(6, 5), draw(6, 5) + 1
+    found = recognise(z, (z, target), times * F.mse_loss(z, target))
+    assert found.factor == pytest.approx(times, rel=1e-5)
+    assert found.divergence(z + 1, z).item() == pytest.approx(times, rel=1e-5)
+    assert f"{times:.3g} times divergence='mse'" in str(found)
+    assert "which belongs to the loss" in str(recognise(z, (z, target), F.mse_loss(z, target)))
 
 
 def test_inputs_alone_are_a_batch():

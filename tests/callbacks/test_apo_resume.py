@@ -84,17 +84,15 @@ def saved(callback, module=toys.Classifier):
 
 
 def test_a_checkpoint_of_other_blocks_is_refused():
-    path = saved(APOLearningRate())
-
     class More(toys.Classifier):
         def __init__(self):
             super().__init__(lambda p: torch.optim.SGD([{"params": [q]} for q in p], lr=0.05, momentum=0.9))
 
-    state = torch.load(path, weights_only=True)["callbacks"]
-    callback = APOLearningRate()
-    callback.load_state_dict(next(iter(state.values())))
-    with pytest.raises(ValueError, match="1 learning rates for optimizer 0, this run has 4"):
-        toys.fit(More(), toys.loader(), callback)
+    before, callback = APOLearningRate(), APOLearningRate()
+    toys.fit(More(), toys.loader(), before)
+    callback.load_state_dict(before.state_dict())
+    with pytest.raises(ValueError, match="4 learning rates for optimizer 0, this run has 1"):
+        toys.fit(toys.Classifier(), toys.loader(), callback)
 
 
 def test_a_large_previous_batch_is_left_out_of_the_checkpoint(monkeypatch):

@@ -308,7 +308,9 @@ def test_a_gradient_that_is_not_finite_is_taken_back_with_what_it_left_in_the_op
 
 def test_weights_that_broke_between_two_meta_steps_stop_training_with_a_reason():
     module = Poison(lambda p: torch.optim.SGD(p, lr=0.05), at=2)
-    with pytest.raises(RuntimeError, match=r"not finite any more .* step 5 .*Lower every_n_steps"):
+    with pytest.raises(
+        RuntimeError, match=r"not finite any more .* step 5; its learning rate is .*raise lam_f .*lower every_n_steps"
+    ):
         toys.fit(module, toys.loader(60), APOLearningRate(divergence="kl", every_n_steps=5, warmup_steps=0))
 
 

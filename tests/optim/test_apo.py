@@ -296,6 +296,7 @@ class Exploding:
 
     def __init__(self, value, loss_before=1.0, cotangent=0.0):
         self.value, self.loss_at_anchor, self.cotangent = value, torch.tensor(loss_before), cotangent
+        self.grad_scale = 1.0
         self.seen = None
 
     def gradient(self, params, displacement, *, lam_f, lam_w):
