@@ -55,8 +55,8 @@ class Prepared:
         self._left: tuple[Tensor, ...] = ()
         self._right: tuple[Tensor, ...] = ()
         self._scale = S.square()
-        if S.ndim == 0 and A is not None and B is not None:
-            (A, size_a), (B, size_b) = _normalised(A), _normalised(B)
+        if S.ndim == 0 and factors[0] is not None and factors[1] is not None:
+            (A, size_a), (B, size_b) = _normalised(factors[0], dtype), _normalised(factors[1], dtype)
             self._scale = self._scale * (size_a * size_b).square()
             self._right = self._side(A, len(B), every_n_steps)
             self._left = self._side(B, len(A), every_n_steps)
@@ -86,12 +86,12 @@ class Prepared:
         return (gradient * self._scale).to(gradient.dtype) if gradient.dtype in _HALF else gradient
 
 
-def _normalised(factor: Tensor) -> tuple[Tensor, Tensor]:
-    """A factor of the size of the identity, and what it was divided by; only the product of both factors is fixed."""
-    size = torch.linalg.vector_norm(factor, dtype=at_least_single(factor.dtype)) / len(factor) ** 0.5
-    if factor.dtype not in _HALF:
-        return factor, torch.ones_like(size)
-    return (factor / size).to(factor.dtype), size
+def _normalised(factor: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """In 16 bits a factor of the size of the identity, and what it was divided by: the two may drift apart."""
+    size = torch.linalg.vector_norm(factor) / len(factor) ** 0.5
+    if dtype not in _HALF:
+        return factor.to(dtype), torch.ones_like(size)
+    return (factor / size).to(dtype), size
 
 
 def _versions(factors: tuple[Tensor | None, ...]) -> tuple[int, ...]:

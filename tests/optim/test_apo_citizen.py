@@ -1,6 +1,7 @@
 """APOPreconditioner as a torch optimizer: groups, state, scalers, modules, and what it refuses."""
 
 import copy
+import dataclasses
 import io
 import pickle
 
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lightning_ext.functional import ProximalObjective, softmax_kl
+from lightning_ext.functional import ProximalObjective, softmax_kl, squared_error
 from lightning_ext.optim import APOPreconditioner
 from tests.optim.test_apo import STRUCTURES, Zoo, classification, mlp, objective_for, train, zoo_batch
 
@@ -328,3 +329,49 @@ def test_the_default_rate_belongs_to_the_kind_of_meta_update():
         kind: APOPreconditioner(net, meta_update=kind).param_groups[0]["meta_lr"] for kind in ("multiplicative", "adam")
     }
     assert rates == {"multiplicative": 0.3, "adam": 3e-3}
+
+
+def test_while_the_rate_is_zero_nothing_is_learned():
+    net = torch.nn.Linear(3, 2)
+    optimizer = APOPreconditioner(net, every_n_steps=1)
+    assert optimizer.meta_step_due
+    optimizer.param_groups[0]["lr"] = 0.0
+    assert not optimizer.meta_step_due
+
+
+def test_an_overflow_of_the_loss_scale_is_no_broken_look_ahead():
+    class Overflows(ProximalObjective):
+        def gradient(self, *args, **kwargs):
+            step = super().gradient(*args, **kwargs)
+            return dataclasses.replace(step, gradient=[v * torch.inf for v in step.gradient])
+
+    scales = []
+    for grad_scale in (1.0, 256.0):
+        torch.manual_seed(0)
+        net, x = torch.nn.Linear(3, 2), torch.randn(5, 3)
+        optimizer = APOPreconditioner(net)
+        net(x).square().sum().backward()
+        objective = Overflows(lambda net=net, x=x: net(x).square().sum(), None, squared_error, grad_scale=grad_scale)
+        objective.anchor()
+        optimizer.step(look_ahead=objective)
+        scales.append(optimizer.state[net.weight]["S"].item())
+    assert scales == [pytest.approx(0.5**0.5), 1.0]
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e-4, 1e4])
+def test_half_precision_products_do_not_overflow_where_the_step_does_not(scale):
+    """The two factors may drift apart; only their product and S mean anything."""
+    torch.manual_seed(0)
+    net = torch.nn.Linear(8, 8, bias=False).half()
+    optimizer = APOPreconditioner(net, lr=0.1, momentum=0.0)
+    before = net.weight.detach().clone()
+    net.weight.grad = torch.ones_like(net.weight) * 0.01
+    optimizer.step()
+    state = optimizer.state[net.weight]
+    state["A"].mul_(scale)
+    state["B"].div_(scale)
+    state["S"].fill_(1.0)
+    net.weight.data.copy_(before)
+    optimizer.step()
+    torch.testing.assert_close(net.weight.float(), before.float() - 0.001, rtol=0, atol=2e-3)
+    assert (net.weight != before).any()
