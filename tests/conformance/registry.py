@@ -125,6 +125,8 @@ _CALLBACKS = [
 _WHOLE = {"fsd_fraction": 1.0, "every_n_steps": 2, "warmup_steps": 1}  # all of B', so that two halves make one batch
 _NEEDS_LOSS = "it cannot run a manual training_step and says so; the entry with a loss function of its own is checked"
 
+_ALONE = "two of them on one optimizer are refused; tests/callbacks/test_apo_foreign.py has one for each of two"
+
 _APO = [
     Entry(
         ["APOLearningRate"],
@@ -133,7 +135,7 @@ _APO = [
         other=lambda: callbacks.APOLearningRate(optimizers=[0]),
         module=components.Unscheduled,
         recipe="apo",
-        skip={"manual_optimisation": _NEEDS_LOSS},
+        skip={"manual_optimisation": _NEEDS_LOSS, "two_instances": _ALONE},
     ),
     *(
         Entry(
@@ -143,7 +145,7 @@ _APO = [
             other=lambda chosen=chosen: callbacks.APOLearningRate(optimizers=[0], **chosen),
             module=module,
             label=f"APOLearningRate-{label}",
-            skip={"cli_recipe": _NO_RECIPE},
+            skip={"cli_recipe": _NO_RECIPE, "two_instances": _ALONE},
         )
         for label, module, chosen in (
             ("own-loss", components.Unscheduled, {"lam_f": "auto"}),
@@ -157,7 +159,7 @@ _APO = [
         callbacks.HypergradientLR,
         other=lambda: callbacks.HypergradientLR(optimizers=[0], multiplicative=True),
         module=components.Unscheduled,
-        skip={"cli_recipe": _NO_RECIPE},
+        skip={"cli_recipe": _NO_RECIPE, "two_instances": _ALONE},
     ),
     Entry(
         ["APOPreconditioning"],
