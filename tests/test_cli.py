@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -322,7 +323,7 @@ def test_help_names_every_command_and_no_arguments_means_help(capsys):
 
 
 def test_a_reader_that_leaves_early_is_no_error():
-    command = f"{sys.executable} -m lightning_ext.cli list | head -1"
+    command = f"{shlex.quote(sys.executable)} -m lightning_ext.cli list | head -1"
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, env=environment)
     assert done.returncode == 0
