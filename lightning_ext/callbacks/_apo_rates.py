@@ -255,7 +255,7 @@ class RateController:
             self._reject(pending, moved, loss, value)
             return
         if wsd == 0.0:
-            self._grow_rounded_step(numbers[:n])
+            self._grow_rounded_step(params)
             return
         before = numbers[n : 2 * n] if pending.grads is not None else None
         ratios = self._adapt(numbers[:n], before)
@@ -265,10 +265,10 @@ class RateController:
             self.lam_f = trust_region_weight(self.lam_f, fsd, self.options.trust_radius * max(abs(loss), 1e-12))
         self._tell(loss, fsd, wsd, value, numbers[:n])
 
-    def _grow_rounded_step(self, slope: Tensor) -> None:
-        """In 16 bits a step may be too short to move any weight: a longer one will."""
+    def _grow_rounded_step(self, params: Sequence[Tensor]) -> None:
+        """In 16 bits a step may be too short to move any weight: a longer one will, unless there is no gradient."""
         high = self.options.lr_bounds[1]
-        if self.options.meta_lr > 0:
+        if self.options.meta_lr > 0 and any(p.grad is not None and bool(p.grad.any()) for p in params):
             self._scale([min(2.0, high / rate) if 0 < rate < high else 1.0 for rate in self.rates()])
 
     def _adapt(self, slope: Tensor, slope_before: Tensor | None, made_by: list[float] | None = None) -> list[float]:

@@ -251,9 +251,7 @@ class APOLearningRate(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Keep B, and the random state with which the training pass on it will start."""
-        due = False
-        for controller in self._controllers.values():
-            due = due or controller.due
+        due = any(controller.due for controller in self._controllers.values())
         if {id(config.scheduler) for config in trainer.lr_scheduler_configs} != self._schedulers:
             self._stand_back()
         self.look_ahead.observe(batch, batch_idx, pl_module.device, keep_rng=due)

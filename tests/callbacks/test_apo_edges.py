@@ -255,6 +255,16 @@ def test_a_step_that_16_bits_round_away_grows():
     assert seen.rates[-1][0] > 1e-4
 
 
+def test_a_gradient_of_zero_is_no_reason_for_a_longer_step():
+    class Satisfied(toys.Classifier):
+        def training_step(self, batch, batch_idx):
+            return (self(batch[0]) - 100.0).relu().sum()
+
+    options = {"loss_fn": lambda module, batch: (module(batch[0]) - 100.0).relu().sum(), "divergence": "mse"}
+    _, seen = toys.fit(Satisfied(lambda p: torch.optim.SGD(p, lr=0.05)), toys.loader(48), APOLearningRate(**options))
+    assert {rates[0] for rates in seen.rates} == {0.05}
+
+
 def test_collections_of_optimizers_are_told_apart():
     library = pytest.importorskip("pytorch_optimizer")
     _, seen = toys.fit(
