@@ -12,7 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-INK, PALE = "#1d2733", "#9aa6b4"
+from lightning_ext.demo import PAGE_STYLE
+
+PALE = "#9aa6b4"
 COLOURS = {
     "fixed": "#8a97a6",
     "cosine": "#c79a12",
@@ -40,25 +42,13 @@ LABELS = {
     "Gauss-Newton": "Gauss-Newton, dense solves",
 }
 STYLE: dict[str, Any] = {
-    "axes.axisbelow": True,
+    **PAGE_STYLE,
     "axes.edgecolor": PALE,
-    "axes.grid": True,
-    "axes.labelcolor": INK,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
     "axes.titlelocation": "left",
     "axes.titlesize": 11.5,
-    "axes.titleweight": "bold",
-    "figure.constrained_layout.use": True,
     "font.size": 10.5,
-    "grid.alpha": 0.25,
-    "grid.color": "#8a97a6",
-    "legend.frameon": False,
     "legend.fontsize": 9.5,
     "lines.linewidth": 1.8,
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
 }
 
 

@@ -10,6 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from lightning_ext.demo import PAGE_STYLE
+
 INK, PALE = "#1d2733", "#9aa6b4"
 COLOURS = {
     "mr": "#2f7de1",
@@ -21,25 +23,13 @@ COLOURS = {
 }
 LATENT_COLOURS = ("#1b4f9c", "#2f7de1", "#14a37f", "#c79a12", "#d6456b")
 STYLE: dict[str, Any] = {
-    "axes.axisbelow": True,
+    **PAGE_STYLE,
     "axes.edgecolor": PALE,
-    "axes.grid": True,
-    "axes.labelcolor": INK,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
     "axes.titlelocation": "left",
     "axes.titlesize": 11.5,
-    "axes.titleweight": "bold",
-    "figure.constrained_layout.use": True,
     "font.size": 10.5,
-    "grid.alpha": 0.25,
-    "grid.color": "#8a97a6",
-    "legend.frameon": False,
     "legend.fontsize": 9.5,
     "lines.linewidth": 1.8,
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
 }
 
 
