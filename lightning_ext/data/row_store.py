@@ -129,7 +129,8 @@ class RowStore:
         """
         if queries.ndim != 2 or queries.shape[1] != self.dim:
             raise ValueError(f"queries must have shape (Q, {self.dim}); got {tuple(queries.shape)}.")
-        return torch.cat([queries @ part.to(queries).mT for part in self.rows.split(chunk)], dim=1)
+        parts = torch.split(self.rows, chunk)
+        return torch.cat([queries @ part.to(queries).mT for part in parts], dim=1)
 
     def _check(self, indices: Tensor) -> None:
         if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < self.num_samples:

@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -58,9 +58,11 @@ def test_a_killed_writer_leaves_what_it_had_written(tmp_path):
         "    print(i, flush=True)\n"
         "    time.sleep(0.02)\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
-    while process.stdout.readline().strip() != "10":
-        time.sleep(0.001)
+    root = Path(__file__).resolve().parents[2]
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=root)
+    for line in process.stdout:
+        if line.strip() == "10":
+            break
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     store = RowStore(tmp_path)
