@@ -27,6 +27,7 @@ __all__ = [
     "MisconfigurationException",
     "Trainer",
     "pl",
+    "refuse_sharded",
     "submodule",
 ]
 
@@ -68,3 +69,17 @@ else:
     LightningModule = pl.LightningModule
     Trainer = pl.Trainer
     MisconfigurationException = submodule("utilities.exceptions").MisconfigurationException
+
+
+_SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "XLAStrategy", "SingleDeviceXLAStrategy")
+
+
+def refuse_sharded(trainer: Any, who: str, why: str) -> None:
+    """Raise for strategies under which a rank does not hold whole parameters, or defers its steps."""
+    strategies = submodule("strategies")
+    for name in _SHARDED:
+        if isinstance(trainer.strategy, getattr(strategies, name)):
+            raise MisconfigurationException(
+                f"{who} does not work with {name}: it {why}, and this strategy shards or defers the parameters. "
+                "Use strategy='ddp' or a single device."
+            )

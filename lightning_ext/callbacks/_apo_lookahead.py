@@ -21,18 +21,6 @@ from lightning_ext.functional import ProximalObjective, divergence_named, fold_i
 
 BatchFn = Callable[[LightningModule, Any], Tensor]
 SAVED_BATCH_LIMIT = 16 * 2**20  # bytes over all ranks; a larger batch is not worth its place in every checkpoint
-_SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "XLAStrategy", "SingleDeviceXLAStrategy")
-
-
-def refuse_sharded(trainer: Trainer, who: str) -> None:
-    """A look-ahead needs whole parameters and one step that it can take back."""
-    strategies = submodule("strategies")
-    for name in _SHARDED:
-        if isinstance(trainer.strategy, getattr(strategies, name)):
-            raise MisconfigurationException(
-                f"{who} does not work with {name}: it moves and restores whole parameters, and this strategy shards or "
-                "defers them. Use strategy='ddp' or a single device."
-            )
 
 
 def check_indices(optimizers: Literal["all"] | list[int]) -> Literal["all"] | list[int]:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from lightning_ext._lightning import Callback, LightningModule, MisconfigurationException, Trainer
+from lightning_ext._lightning import Callback, LightningModule, MisconfigurationException, Trainer, refuse_sharded
 from lightning_ext.callbacks._apo_divergence import Divergence
 from lightning_ext.callbacks._apo_lookahead import (
     BatchFn,
@@ -15,7 +15,6 @@ from lightning_ext.callbacks._apo_lookahead import (
     check_indices,
     chosen_optimizers,
     publish,
-    refuse_sharded,
 )
 from lightning_ext.optim import APOPreconditioner
 
@@ -89,7 +88,7 @@ class APOPreconditioning(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse strategies that shard parameters."""
         if stage == "fit":
-            refuse_sharded(trainer, type(self).__name__)
+            refuse_sharded(trainer, type(self).__name__, "moves and restores whole parameters")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look for the optimizers before anything runs."""

@@ -14,7 +14,7 @@ import torch
 from lightning_utilities.core.imports import RequirementCache
 from torch import Tensor
 
-from lightning_ext._lightning import Callback, LightningModule, MisconfigurationException, Trainer, pl
+from lightning_ext._lightning import Callback, LightningModule, MisconfigurationException, Trainer, pl, refuse_sharded
 from lightning_ext.callbacks._quiet import quietly
 from lightning_ext.functional.counter_rng import fold_in
 from lightning_ext.functional.mrvae import kl_weight
@@ -97,7 +97,7 @@ class RateDistortionCallback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check that the module has a curve to measure and that its parameters are whole."""
-        _refuse_sharded_parameters(trainer, type(self).__name__)
+        refuse_sharded(trainer, type(self).__name__, "runs the module outside of the strategy's wrapper")
         if not isinstance(pl_module, MultiRateMixin):
             raise MisconfigurationException(
                 f"RateDistortionCallback needs a MultiRateVAE or a module with MultiRateMixin; got "
@@ -251,17 +251,6 @@ def _write_curve(curve: Mapping[str, Tensor], path: Path) -> None:
             writer.writerows(zip(*columns.values(), strict=True))
     except OSError as error:  # a training must not end for a table that the callback still holds
         pl.utilities.rank_zero_warn(f"the rate-distortion curve could not be written to {path}: {error}")
-
-
-def _refuse_sharded_parameters(trainer: Trainer, name: str) -> None:
-    """Raise for strategies under which a rank does not hold whole parameters."""
-    strategies = pl.strategies
-    sharded = (strategies.FSDPStrategy, strategies.ModelParallelStrategy, strategies.DeepSpeedStrategy)
-    if isinstance(trainer.strategy, sharded):
-        raise MisconfigurationException(
-            f"{name} runs the module outside of the strategy's wrapper, which {type(trainer.strategy).__name__} does "
-            "not allow: its parameters are shards. Use 'ddp' or a single device."
-        )
 
 
 class KLSchedule(Callback):
