@@ -17,6 +17,7 @@ from lightning_ext.functional.apo_preconditioner import (
     preconditioner_gradients,
     rotate_gradient,
 )
+from lightning_ext.functional.batches import batch_size, concatenate, differentiable, map_tensors, select
 from lightning_ext.functional.counter_rng import fold_in, seeded_generator
 from lightning_ext.functional.divergences import (
     bernoulli_kl,
@@ -25,6 +26,7 @@ from lightning_ext.functional.divergences import (
     softmax_kl,
     squared_error,
 )
+from lightning_ext.functional.elementwise_losses import BernoulliCrossEntropy, GaussianNLL, PoissonNLL, SquaredError
 from lightning_ext.functional.influence import (
     group_scores,
     influence_scores,
@@ -32,6 +34,7 @@ from lightning_ext.functional.influence import (
     relative_influence,
     self_influence,
 )
+from lightning_ext.functional.influence_objective import InfluenceObjective, evaluating
 from lightning_ext.functional.mrvae import (
     at_least_float32,
     bernoulli_distortion,
@@ -73,26 +76,43 @@ from lightning_ext.functional.mrvae_moments import (
     mutual_information_gap,
     update_moments,
 )
+from lightning_ext.functional.output_loss_protocol import OutputLoss, exponential_remainder, log_partition_divergence
+from lightning_ext.functional.output_losses import CallableLoss, SoftmaxCrossEntropy, output_loss
+from lightning_ext.functional.parameters import ParameterView
 
 __all__ = [
+    "BernoulliCrossEntropy",
+    "CallableLoss",
     "GatedLinear",
+    "GaussianNLL",
+    "InfluenceObjective",
     "LinearGates",
     "LinearOptimum",
     "MIGResult",
     "MetaStep",
+    "OutputLoss",
+    "ParameterView",
+    "PoissonNLL",
     "PreconditionerGradients",
     "ProximalObjective",
     "ProximalStep",
+    "SoftmaxCrossEntropy",
+    "SquaredError",
     "active_units",
     "apply_preconditioner",
     "at_least_float32",
+    "batch_size",
     "bernoulli_distortion",
     "bernoulli_kl",
     "best_response",
     "beta_for_distortion",
     "beta_for_rate",
     "beta_grid",
+    "concatenate",
+    "differentiable",
     "divergence_named",
+    "evaluating",
+    "exponential_remainder",
     "fold_in",
     "free_bits_rate",
     "gate_activation",
@@ -107,11 +127,14 @@ __all__ = [
     "leave_out_step",
     "linear_vae_optimum",
     "linear_vae_terms",
+    "log_partition_divergence",
+    "map_tensors",
     "mean_squared_error",
     "merge_moments",
     "moments_variance",
     "multiplicative_meta_step",
     "mutual_information_gap",
+    "output_loss",
     "pareto_front",
     "preconditioner_gradients",
     "rate_at",
@@ -122,6 +145,7 @@ __all__ = [
     "rotate_gradient",
     "secant_log_step",
     "seeded_generator",
+    "select",
     "self_influence",
     "sgd_log_step",
     "sigma_vae_distortion",

@@ -1,0 +1,218 @@
+"""What is asked of a model: its outputs for a batch, the loss it was trained with, the measurement of interest."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lightning_ext.functional.batches import batch_size, concatenate, differentiable, select
+from lightning_ext.functional.output_losses import OutputLoss, SoftmaxCrossEntropy, output_loss
+from lightning_ext.functional.parameters import ParameterView
+
+__all__ = ["InfluenceObjective", "batch_size", "concatenate", "differentiable", "evaluating", "select"]
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[nn.Module]:
+    """Hold a module in evaluation mode, and put each submodule's own mode back afterwards.
+
+    >>> layer = nn.Dropout()
+    >>> with evaluating(layer):
+    ...     layer.training
+    False
+    >>> layer.training
+    True
+    """
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield module
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+@contextmanager
+def _every_derivative(device: torch.device) -> Iterator[None]:
+    """Choose the kernels that have all derivatives: fused attention has no forward mode and no second derivative."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH), torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+
+
+class _Forward(nn.Module):
+    """A module whose call is the objective's forward, so that functional_call swaps parameters around all of it."""
+
+    def __init__(self, module: nn.Module, forward: Callable[[nn.Module, Any], Tensor]) -> None:
+        super().__init__()
+        self.module, self._outputs = module, forward
+
+    def forward(self, batch: Any) -> Tensor:
+        return self._outputs(self.module, batch)
+
+
+class InfluenceObjective:
+    r"""How to get outputs, targets, training loss and measurement from a module and a batch.
+
+    The loss is that of the data alone: regularisation such as weight decay does not belong to it.
+
+    Args:
+        loss: the training loss per sample, see :func:`lightning_ext.functional.output_loss`; default
+            ``"cross_entropy"``.
+        forward: what the module says about a batch. ``None``: ``module(batch[0])``; a string:
+            ``module(batch[forward])``; a function: ``forward(module, batch)``. The outputs must be a tensor with the
+            samples first.
+        target: the targets. ``None``: ``batch[1]``; a string: ``batch[target]``; a function: ``target(batch)``.
+        measurement: what influence is measured on. ``"loss"``: the training loss; ``"logit"``: the correct class's
+            logit :math:`y_t`; ``"margin"``: :math:`y_t - \operatorname{logsumexp}_{k \ne t} y_k`; the last two are
+            means over a sample's positions and for softmax cross-entropy only; or a function ``(y, t) -> (B,)``.
+
+    >>> objective = InfluenceObjective("mse")
+    >>> batch = (torch.ones(2, 1), torch.zeros(2, 1))
+    >>> objective.losses(objective.outputs(nn.Identity(), batch), objective.targets(batch))
+    tensor([1., 1.])
+    """
+
+    def __init__(
+        self,
+        loss: OutputLoss | str | nn.Module | Callable[[Tensor, Tensor], Tensor] = "cross_entropy",
+        forward: Callable[[nn.Module, Any], Tensor] | str | None = None,
+        target: Callable[[Any], Tensor] | str | None = None,
+        measurement: str | Callable[[Tensor, Tensor], Tensor] = "loss",
+    ) -> None:
+        self.loss = output_loss(loss)
+        self.forward, self.target, self.measurement = forward, target, measurement
+        if isinstance(measurement, str) and measurement not in ("loss", "margin", "logit"):
+            raise ValueError(f"measurement must be 'loss', 'margin', 'logit' or a function; got {measurement!r}.")
+        if measurement in ("margin", "logit") and not isinstance(self.loss, SoftmaxCrossEntropy):
+            raise ValueError(f"measurement={measurement!r} is about softmax classes; the loss is {self.loss}.")
+
+    def __repr__(self) -> str:
+        return f"InfluenceObjective({self.loss}, {self.forward!r}, {self.target!r}, {self.measurement!r})"
+
+    def outputs(self, module: nn.Module, batch: Any) -> Tensor:
+        """Return the module's outputs for the batch, ``(B, ...)``.
+
+        Raises:
+            ValueError: If the batch does not fit ``forward``, or the outputs are not a tensor of one entry per sample.
+        """
+        if callable(self.forward):
+            outputs = self.forward(module, batch)
+        else:
+            outputs = module(_entry(batch, 0 if self.forward is None else self.forward, "forward"))
+        if not isinstance(outputs, Tensor) or not outputs.ndim:
+            raise ValueError(
+                f"the outputs must be a tensor with the samples first; got {_described(outputs)}. Pass "
+                "forward=function(module, batch) that returns it."
+            )
+        return outputs
+
+    def targets(self, batch: Any) -> Tensor:
+        """Return the batch's targets.
+
+        Raises:
+            ValueError: If the batch does not fit ``target``, or the targets are no tensor.
+        """
+        targets = (
+            self.target(batch)
+            if callable(self.target)
+            else _entry(batch, 1 if self.target is None else self.target, "target")
+        )
+        if not isinstance(targets, Tensor):
+            raise ValueError(f"the targets must be a tensor; got {_described(targets)}. Pass target=function(batch).")
+        return targets
+
+    def function(self, module: nn.Module, view: ParameterView, batch: Any) -> Callable[[Mapping[str, Tensor]], Tensor]:
+        r"""Return :math:`\theta \mapsto f(\theta, x)`, the outputs as a function of the chosen parameters alone.
+
+        Frozen parameters and buffers stay as they are in the module. The function can be differentiated any number of
+        times, forwards and backwards, and under inference mode: attention runs in its plain form, autocast is off.
+
+        Raises:
+            ValueError: If a part of the module is in training mode. When called: as :meth:`outputs`, or if there are
+                not as many outputs as samples.
+        """
+        _require_evaluation(module)
+        size, forward = batch_size(batch), _Forward(module, self.outputs)
+        forward.training = False
+        with differentiable(batch) as plain:
+            pass
+
+        def function(params: Mapping[str, Tensor]) -> Tensor:
+            replaced = {f"module.{name}": value for name, value in params.items()}
+            with _every_derivative(view.device):
+                outputs: Tensor = torch.func.functional_call(forward, replaced, (plain,))
+            if len(outputs) != size:
+                raise ValueError(f"a batch of {size} samples must give {size} outputs; got {tuple(outputs.shape)}.")
+            return outputs
+
+        return function
+
+    def losses(self, y: Tensor, t: Tensor) -> Tensor:
+        """Return the training losses, ``(B,)``."""
+        return self.loss.value(y, t)
+
+    def measure(self, y: Tensor, t: Tensor) -> Tensor:
+        """Return the measurements, ``(B,)``.
+
+        Raises:
+            ValueError: If a measurement function returns another shape.
+        """
+        if self.measurement == "loss":
+            return self.losses(y, t)
+        if isinstance(self.measurement, str):
+            return _class_score(y, t, self.loss, against_others=self.measurement == "margin")
+        values = self.measurement(y, t)
+        if values.shape != y.shape[:1]:
+            raise ValueError(
+                f"the measurement must be one number per sample, {tuple(y.shape[:1])}; got {tuple(values.shape)}."
+            )
+        return values
+
+
+def _class_score(y: Tensor, t: Tensor, loss: OutputLoss, *, against_others: bool) -> Tensor:
+    """Return the correct class's logit, or its margin, averaged over the positions that count."""
+    if not isinstance(loss, SoftmaxCrossEntropy) or t.is_floating_point():
+        raise ValueError(f"the measurements 'margin' and 'logit' need class numbers as targets; got {_described(t)}.")
+    labels, weights = loss.labels(y, t), loss.weights(y, t)
+    chosen = labels.masked_fill(labels == loss.ignore_index, 0).long().unsqueeze(-1)
+    scores = y.gather(-1, chosen).squeeze(-1)
+    if against_others:
+        scores = scores - y.scatter(-1, chosen, -torch.inf).logsumexp(-1)
+    return (weights * scores).reshape(len(y), -1).sum(1)
+
+
+def _described(thing: Any) -> str:
+    return f"a tensor {tuple(thing.shape)} of {thing.dtype}" if isinstance(thing, Tensor) else type(thing).__name__
+
+
+def _entry(batch: Any, key: int | str, argument: str) -> Any:
+    if isinstance(batch, Mapping) is isinstance(key, str) and not isinstance(batch, Tensor):
+        try:
+            return batch[key]
+        except (KeyError, IndexError, TypeError):
+            pass
+    found = f"a mapping with {list(batch)}" if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
+    raise ValueError(
+        f"{argument} looks for batch[{key!r}], but the batch is {found}. Pass {argument}= as the key of a mapping, or "
+        "as a function of the batch."
+    )
+
+
+def _require_evaluation(module: nn.Module) -> None:
+    live = [(name or "the module itself", part) for name, part in module.named_modules() if part.training]
+    if not live:
+        return
+    random = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
+    name, part = next((entry for entry in live if isinstance(entry[1], random)), live[0])
+    raise ValueError(
+        f"{name} ({type(part).__name__}) is in training mode, where outputs may depend on chance or on the rest of the "
+        "batch. Use `with evaluating(module):` or module.eval()."
+    )
