@@ -35,6 +35,14 @@ from lightning_ext.functional.influence import (
     self_influence,
 )
 from lightning_ext.functional.influence_objective import InfluenceObjective, evaluating
+from lightning_ext.functional.layer_gradients import (
+    EmbeddingRows,
+    ExplicitRows,
+    GradientBlock,
+    LayerGradients,
+    OuterProducts,
+)
+from lightning_ext.functional.layer_recorder import LayerRecorder, RecordedLayer
 from lightning_ext.functional.mrvae import (
     at_least_float32,
     bernoulli_distortion,
@@ -79,23 +87,32 @@ from lightning_ext.functional.mrvae_moments import (
 from lightning_ext.functional.output_loss_protocol import OutputLoss, exponential_remainder, log_partition_divergence
 from lightning_ext.functional.output_losses import CallableLoss, SoftmaxCrossEntropy, output_loss
 from lightning_ext.functional.parameters import ParameterView
+from lightning_ext.functional.per_sample import SampleGradients, per_sample_gradients
 
 __all__ = [
     "BernoulliCrossEntropy",
     "CallableLoss",
+    "EmbeddingRows",
+    "ExplicitRows",
     "GatedLinear",
     "GaussianNLL",
+    "GradientBlock",
     "InfluenceObjective",
+    "LayerGradients",
+    "LayerRecorder",
     "LinearGates",
     "LinearOptimum",
     "MIGResult",
     "MetaStep",
+    "OuterProducts",
     "OutputLoss",
     "ParameterView",
     "PoissonNLL",
     "PreconditionerGradients",
     "ProximalObjective",
     "ProximalStep",
+    "RecordedLayer",
+    "SampleGradients",
     "SoftmaxCrossEntropy",
     "SquaredError",
     "active_units",
@@ -136,6 +153,7 @@ __all__ = [
     "mutual_information_gap",
     "output_loss",
     "pareto_front",
+    "per_sample_gradients",
     "preconditioner_gradients",
     "rate_at",
     "rate_distortion_auc",

@@ -1,0 +1,344 @@
+r"""Per-sample gradients kept as factors: inner products and projections without a row of parameters per sample.
+
+The gradient of sample :math:`b` with respect to a linear map :math:`s_t = W a_t` is :math:`\sum_t g_t a_t^\top`. Its
+inputs :math:`a` and output gradients :math:`g` are :math:`T (M + P)` numbers, the gradient itself :math:`M P`.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["EmbeddingRows", "ExplicitRows", "GradientBlock", "LayerGradients", "OuterProducts"]
+
+_CACHE_BYTES = 2**23  # of rows written before a matrix product reads them again: measured, 1 to 16 MiB are alike
+_BLOCK_BYTES = 2**26  # of products between tokens held at once
+
+
+def _cut(total: int, bytes_each: int, budget: int = _BLOCK_BYTES) -> Iterator[slice]:
+    size = max(1, budget // max(1, bytes_each))
+    return (slice(start, min(start + size, total)) for start in range(0, total, size))
+
+
+class GradientBlock(ABC):
+    """Gradients of B samples with respect to the parameters of one layer; by default they are written out."""
+
+    slices: tuple[slice, ...]
+    """Where each parameter lies in the flat parameter vector."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of samples."""
+
+    @abstractmethod
+    def __getitem__(self, index: slice) -> "GradientBlock":
+        """The chosen samples."""
+
+    @abstractmethod
+    def explicit(self) -> tuple[Tensor, ...]:
+        """The gradients written out, ``(B, d)`` for each slice."""
+
+    @abstractmethod
+    def sample(self) -> Tensor:
+        """Any tensor of the gradients' dtype and device."""
+
+    def chunks(self) -> Iterator[slice]:
+        """Ranges of samples whose gradients, written out, fit a core's cache."""
+        width = sum(part.stop - part.start for part in self.slices)
+        return _cut(len(self), width * self.sample().element_size(), _CACHE_BYTES)
+
+    def project(self, parts: Sequence[Tensor]) -> Tensor:
+        """Inner products ``(Q, B)`` with ``parts``, ``(Q, d)`` for each slice."""
+        out = parts[0].new_zeros(len(self), len(parts[0]))
+        for chunk in self.chunks():
+            for part, rows in zip(parts, self[chunk].explicit(), strict=True):
+                out[chunk].addmm_(rows, part.mT)
+        return out.mT
+
+    def combine(self, weights: Tensor) -> tuple[Tensor, ...]:
+        """Sums over the samples with weights ``(R, B)``, ``(R, d)`` for each slice."""
+        sums = tuple(weights.new_zeros(len(weights), part.stop - part.start) for part in self.slices)
+        for chunk in self.chunks():
+            for total, rows in zip(sums, self[chunk].explicit(), strict=True):
+                total.addmm_(weights[:, chunk], rows)
+        return sums
+
+    def dot(self, other: "GradientBlock") -> Tensor:
+        """Inner products ``(B, B')`` with the gradients of other samples with respect to the same parameters."""
+        out = self.sample().new_empty(len(self), len(other))
+        for chunk in self.chunks():
+            out[chunk] = other.project(self[chunk].explicit())
+        return out
+
+    def squared_norms(self) -> Tensor:
+        """Squared lengths ``(B,)``."""
+        out = self.sample().new_zeros(len(self))
+        for chunk in self.chunks():
+            for rows in self[chunk].explicit():
+                out[chunk] += rows.square().sum(1)
+        return out
+
+
+@dataclass(frozen=True)
+class ExplicitRows(GradientBlock):
+    """Gradients written out: those of norm layers, and of parameters that no layer explains.
+
+    Args:
+        slices: Where each parameter lies in the flat parameter vector.
+        rows: For each slice the gradients ``(B, d)``.
+    """
+
+    slices: tuple[slice, ...]
+    rows: tuple[Tensor, ...]
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return len(self.rows[0])
+
+    def __getitem__(self, index: slice) -> "ExplicitRows":
+        """The chosen samples."""
+        return ExplicitRows(self.slices, tuple(rows[index] for rows in self.rows))
+
+    def explicit(self) -> tuple[Tensor, ...]:
+        """The gradients, ``(B, d)`` for each slice."""
+        return self.rows
+
+    def sample(self) -> Tensor:
+        """Any tensor of the gradients' dtype and device."""
+        return self.rows[0]
+
+
+@dataclass(frozen=True)
+class OuterProducts(GradientBlock):
+    r"""Gradients :math:`\sum_t g_t a_t^\top` of a weight and :math:`\sum_t g_t` of a bias.
+
+    Args:
+        slices: Where weight and bias lie in the flat parameter vector, as far as they are chosen, the weight first.
+        a: Inputs ``(G, B, T, M)``: groups, samples, tokens (positions of a convolution), features.
+        g: Gradients of the outputs ``(G, B, T, P)``.
+        weight: The weight is chosen. Default True.
+        bias: The bias is chosen. Default True.
+    """
+
+    slices: tuple[slice, ...]
+    a: Tensor
+    g: Tensor
+    weight: bool = True
+    bias: bool = True
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return self.g.shape[1]
+
+    def __getitem__(self, index: slice) -> "OuterProducts":
+        """The chosen samples."""
+        return OuterProducts(self.slices, self.a[:, index], self.g[:, index], self.weight, self.bias)
+
+    def sample(self) -> Tensor:
+        """Any tensor of the gradients' dtype and device."""
+        return self.g
+
+    def matrices(self, out: Tensor | None = None) -> Tensor:
+        """The gradients of the weight, ``(B, G, P, M)``, in the memory of ``out`` where it is given."""
+        g, a = self.g.transpose(0, 1).mT, self.a.transpose(0, 1)
+        return torch.mul(g, a, out=out) if g.shape[-1] == 1 else torch.matmul(g, a, out=out)
+
+    def bias_rows(self) -> Tensor:
+        """The gradients of the bias, ``(B, G * P)``."""
+        return self.g.sum(2).transpose(0, 1).flatten(1)
+
+    def explicit(self) -> tuple[Tensor, ...]:
+        """The gradients, ``(B, d)`` for each slice."""
+        weight = (self.matrices().flatten(1),) if self.weight else ()
+        return weight + ((self.bias_rows(),) if self.bias else ())
+
+    def project(self, parts: Sequence[Tensor]) -> Tensor:
+        """Inner products ``(Q, B)`` with ``parts``, ``(Q, d)`` for each slice."""
+        out = parts[0].new_zeros(len(self), len(parts[0]))
+        if self.weight and len(parts[0]) == 1:  # one row: map the inputs by it
+            matrix = parts[0].reshape(self.g.shape[0], 1, self.g.shape[-1], -1)
+            out += (self.a @ matrix.mT).mul_(self.g).sum((0, 2, 3)).unsqueeze(1)
+        elif self.weight:  # more: written to cache, then one product for all rows
+            chunks = list(self.chunks())
+            scratch = self.g.new_empty(chunks[0].stop, self.g.shape[0], self.g.shape[-1], self.a.shape[-1])
+            for chunk in chunks:
+                rows = self[chunk].matrices(scratch[: chunk.stop - chunk.start]).flatten(1)
+                torch.mm(rows, parts[0].mT, out=out[chunk])
+        return out.addmm_(self.bias_rows(), parts[-1].mT).mT if self.bias else out.mT
+
+    def dot(self, other: GradientBlock) -> Tensor:
+        """Inner products ``(B, B')``, over pairs of tokens where that is cheaper than over parameters."""
+        if not isinstance(other, OuterProducts):
+            raise TypeError(f"other must hold outer products of the same layer, got {type(other).__name__}.")
+        pairs, (outputs, inputs) = self.g.shape[2] * other.g.shape[2], (self.g.shape[-1], self.a.shape[-1])
+        if self.weight and pairs * (outputs + inputs) > outputs * inputs:
+            return super().dot(other)
+        out = self.g.new_empty(len(self), len(other))
+        for chunk in _cut(len(self), 2 * len(other) * pairs * self.g.shape[0] * self.g.element_size()):
+            out[chunk] = self._pairs("gbtf,gcuf->gbctu", self[chunk], other).sum((0, 3, 4))
+        return out
+
+    def squared_norms(self) -> Tensor:
+        """Squared lengths ``(B,)``."""
+        groups, _, tokens, inputs = self.a.shape
+        if self.weight and tokens**2 * (self.g.shape[-1] + inputs) > self.g.shape[-1] * inputs:
+            return super().squared_norms()
+        out = self.g.new_empty(len(self))
+        for chunk in _cut(len(self), 2 * tokens**2 * groups * self.g.element_size()):
+            out[chunk] = self._pairs("gbtf,gbuf->gbtu", self[chunk], self[chunk]).sum((0, 2, 3))
+        return out
+
+    def _pairs(self, equation: str, left: "OuterProducts", right: "OuterProducts") -> Tensor:
+        gradients = torch.einsum(equation, left.g, right.g)
+        if not self.weight:
+            return gradients
+        inputs = torch.einsum(equation, left.a, right.a)
+        return gradients * (inputs + 1) if self.bias else gradients * inputs
+
+
+@dataclass(frozen=True)
+class EmbeddingRows(GradientBlock):
+    """Gradients of an embedding table: the row of each token's index receives the gradient of its output.
+
+    Args:
+        slices: Where the table lies in the flat parameter vector.
+        indices: ``(B, T)``, from 0 to ``num_embeddings - 1``.
+        g: Gradients of the outputs ``(B, T, E)``.
+        num_embeddings: Rows of the table.
+    """
+
+    slices: tuple[slice, ...]
+    indices: Tensor
+    g: Tensor
+    num_embeddings: int
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return len(self.g)
+
+    def __getitem__(self, index: slice) -> "EmbeddingRows":
+        """The chosen samples."""
+        return EmbeddingRows(self.slices, self.indices[index], self.g[index], self.num_embeddings)
+
+    def sample(self) -> Tensor:
+        """Any tensor of the gradients' dtype and device."""
+        return self.g
+
+    def explicit(self) -> tuple[Tensor, ...]:
+        """The gradients, ``(B, d)`` for the one slice."""
+        table = self.g.new_zeros(len(self), self.num_embeddings, self.g.shape[-1])
+        index = self.indices.unsqueeze(-1).expand_as(self.g)
+        return (table.scatter_add_(1, index, self.g).flatten(1),)
+
+    def project(self, parts: Sequence[Tensor]) -> Tensor:
+        """Inner products ``(Q, B)`` with the one part ``(Q, d)``."""
+        tables = parts[0].reshape(len(parts[0]), self.num_embeddings, -1)
+        out = self.g.new_empty(len(tables), len(self))
+        for chunk in _cut(len(self), len(tables) * self.g[0].numel() * self.g.element_size()):
+            out[:, chunk] = torch.einsum("qbte,bte->qb", tables[:, self.indices[chunk]], self.g[chunk])
+        return out
+
+    def combine(self, weights: Tensor) -> tuple[Tensor, ...]:
+        """Sums over the samples with weights ``(R, B)``."""
+        out = weights.new_zeros(len(weights), self.num_embeddings, self.g.shape[-1])
+        for row, weight in zip(out, weights, strict=True):
+            row.index_add_(0, self.indices.flatten(), (weight[:, None, None] * self.g).flatten(0, 1))
+        return (out.flatten(1),)
+
+    def dot(self, other: GradientBlock) -> Tensor:
+        """Inner products ``(B, B')`` over pairs of tokens with the same index."""
+        if not isinstance(other, EmbeddingRows):
+            raise TypeError(f"other must hold rows of the same table, got {type(other).__name__}.")
+        out = self.g.new_empty(len(self), len(other))
+        for chunk in _cut(len(self), 2 * len(other) * self.g.shape[1] * other.g.shape[1] * self.g.element_size()):
+            same = self.indices[chunk][:, None, :, None] == other.indices[None, :, None, :]
+            out[chunk] = (torch.einsum("bte,cue->bctu", self.g[chunk], other.g) * same).sum((2, 3))
+        return out
+
+    def squared_norms(self) -> Tensor:
+        """Squared lengths ``(B,)``."""
+        out = self.g.new_empty(len(self))
+        for chunk in _cut(len(self), 2 * self.g.shape[1] ** 2 * self.g.element_size()):
+            same = self.indices[chunk][:, :, None] == self.indices[chunk][:, None, :]
+            out[chunk] = (self.g[chunk] @ self.g[chunk].mT * same).sum((1, 2))
+        return out
+
+
+class LayerGradients:
+    r"""Gradients :math:`g_b \in \mathbb{R}^D` of ``B`` samples, one block per layer.
+
+    Args:
+        blocks: One :class:`GradientBlock` per layer, of the same samples; together they cover the flat vector once.
+        size: D, the number of chosen parameters.
+
+    Raises:
+        ValueError: If the blocks do not cover the vector, or disagree about the number of samples.
+
+    >>> a, g = torch.tensor([[[[1.0, 2.0]]]]), torch.tensor([[[[3.0]]]])
+    >>> gradients = LayerGradients([OuterProducts((slice(0, 2), slice(2, 3)), a, g)], 3)
+    >>> gradients.explicit(), gradients.norms() ** 2, gradients.project(torch.ones(1, 3))
+    (tensor([[3., 6., 3.]]), tensor([54.]), tensor([[12.]]))
+
+    Note:
+        ``project`` writes the gradients of a few samples at a time into cache and multiplies; on a CPU that is faster
+        than an ``einsum`` over layers from two rows on, and never needs ``(B, D)`` numbers. ``dot`` costs
+        :math:`B B' T T' (M + P)` per layer, or :math:`B B' M P` where that is less.
+    """
+
+    def __init__(self, blocks: Sequence[GradientBlock], size: int) -> None:
+        covered = sum(part.stop - part.start for block in blocks for part in block.slices)
+        if covered != size:
+            raise ValueError(f"blocks cover {covered} of {size} parameters.")
+        if len({len(block) for block in blocks}) != 1:
+            raise ValueError(f"blocks hold {[len(block) for block in blocks]} samples; they must agree.")
+        self.blocks, self.size = tuple(blocks), size
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return len(self.blocks[0])
+
+    def __getitem__(self, index: slice) -> "LayerGradients":
+        """The chosen samples."""
+        return LayerGradients([block[index] for block in self.blocks], self.size)
+
+    def explicit(self) -> Tensor:
+        """The gradients ``(B, D)``, in nats per unit of each parameter for a loss in nats."""
+        out = self.blocks[0].sample().new_empty(len(self), self.size)
+        for block in self.blocks:
+            for part, rows in zip(block.slices, block.explicit(), strict=True):
+                out[:, part] = rows
+        return out
+
+    def project(self, rows: Tensor) -> Tensor:
+        """Inner products ``(Q, B)`` of ``rows`` ``(Q, D)`` with every sample's gradient."""
+        if rows.ndim != 2 or rows.shape[1] != self.size:
+            raise ValueError(f"rows must have shape (Q, {self.size}), got {tuple(rows.shape)}.")
+        rows = rows.to(self.blocks[0].sample().dtype)
+        out = rows.new_zeros(len(rows), len(self))
+        for block in self.blocks:
+            out += block.project([rows[:, part] for part in block.slices])
+        return out
+
+    def combine(self, weights: Tensor) -> Tensor:
+        """Weighted sums of the gradients, ``(R, D)``, for weights ``(R, B)``: a group's gradient, for instance."""
+        if weights.ndim != 2 or weights.shape[1] != len(self):
+            raise ValueError(f"weights must have shape (R, {len(self)}), got {tuple(weights.shape)}.")
+        weights = weights.to(self.blocks[0].sample().dtype)
+        out = weights.new_empty(len(weights), self.size)
+        for block in self.blocks:
+            for part, total in zip(block.slices, block.combine(weights), strict=True):
+                out[:, part] = total
+        return out
+
+    def dot(self, other: "LayerGradients") -> Tensor:
+        """Inner products ``(B, B')`` of these gradients with those of another batch."""
+        layout = [[block.slices for block in gradients.blocks] for gradients in (self, other)]
+        if layout[0] != layout[1]:
+            raise ValueError("other must hold gradients of the same parameters, recorded in the same way.")
+        return torch.stack([mine.dot(theirs) for mine, theirs in zip(self.blocks, other.blocks, strict=True)]).sum(0)
+
+    def norms(self) -> Tensor:
+        """Lengths ``(B,)`` of the gradients."""
+        return torch.stack([block.squared_norms() for block in self.blocks]).sum(0).clamp(min=0).sqrt()
