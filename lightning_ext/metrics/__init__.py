@@ -1,6 +1,21 @@
 """Metrics with state: ``torchmetrics.Metric`` subclasses."""
 
+from lightning_ext.metrics.influence import InfluenceScores
+from lightning_ext.metrics.influence_quality import (
+    LinearDatamodelingScore,
+    LOOCorrelation,
+    MislabelDetection,
+    TopKOverlap,
+)
 from lightning_ext.metrics.mrvae import RateDistortionCurve
 from lightning_ext.metrics.mrvae_information import MutualInformationGap
 
-__all__ = ["MutualInformationGap", "RateDistortionCurve"]
+__all__ = [
+    "InfluenceScores",
+    "LOOCorrelation",
+    "LinearDatamodelingScore",
+    "MislabelDetection",
+    "MutualInformationGap",
+    "RateDistortionCurve",
+    "TopKOverlap",
+]

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+from torchmetrics.utilities.data import dim_zero_cat
 from torchmetrics.utilities.prints import rank_zero_warn
 
 
@@ -47,13 +48,58 @@ class PreciseMetric(Metric):
             setattr(self, name, self._place(getattr(self, name)))
         return self
 
-    def _place(self, state: Any) -> Tensor:
+    def _place(self, state: Any) -> Any:
+        if isinstance(state, list):  # pieces to concatenate keep the precision they came in
+            return [self._place_piece(piece) for piece in state]
         dtype = accumulator_dtype(self.device) if state.is_floating_point() else state.dtype
         return torch.as_tensor(state).to(device=self.device, dtype=dtype)
+
+    def _place_piece(self, piece: Tensor) -> Tensor:
+        widest = accumulator_dtype(self.device)
+        return piece.to(device=self.device, dtype=widest if piece.dtype == torch.float64 else piece.dtype)
 
     def float_state(self, *shape: int) -> Tensor:
         """Zeros of the widest float of the metric's device."""
         return torch.zeros(shape, dtype=accumulator_dtype(self.device), device=self.device)
+
+
+class ConcatenatingMetric(PreciseMetric):
+    """A metric that keeps all it saw, in flat pieces, and may see nothing on some ranks.
+
+    The reduction over ranks of torchmetrics has no dtype for a rank without pieces and wants all pieces of one shape
+    but for the first dimension, which such a rank cannot know; flat pieces of a declared dtype need neither.
+    """
+
+    _dtypes: dict[str, torch.dtype]
+
+    def add_pieces(self, name: str, dtype: torch.dtype) -> None:
+        """Declare a state of flat pieces."""
+        if "_dtypes" not in self.__dict__:
+            self._dtypes = {}
+        self._dtypes[name] = dtype
+        self.add_state(name, [], dist_reduce_fx="cat")
+
+    def append(self, **pieces: Tensor) -> None:
+        """Add a piece to each of the named states."""
+        for name, piece in pieces.items():
+            getattr(self, name).append(piece.detach().to(self._dtype_of(name), copy=True).flatten())
+
+    def joined(self, name: str) -> Tensor:
+        """All pieces of a state as one vector, empty before the first."""
+        pieces = getattr(self, name)
+        return dim_zero_cat(pieces) if len(pieces) else self._nothing(name)
+
+    def _sync_dist(self, *args: Any, **kwargs: Any) -> None:
+        for name in self._dtypes:
+            setattr(self, name, [self.joined(name)])
+        super()._sync_dist(*args, **kwargs)
+
+    def _nothing(self, name: str) -> Tensor:
+        return torch.empty(0, dtype=self._dtype_of(name), device=self.device)
+
+    def _dtype_of(self, name: str) -> torch.dtype:
+        dtype = self._dtypes[name]
+        return accumulator_dtype(self.device) if dtype == torch.float64 else dtype
 
 
 def check_pair(name: str, pair: Sequence[float] | None) -> tuple[float, float] | None:

@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_ext.metrics._figure import INK, PALE, axes_of, quieten
+
 __all__: list[str] = []  # drawn through the metrics' own plot()
 
-_INK, _PALE = "#3a3f4a", "#c3c8d1"
 _MARKERS, _ACCENTS = "sD^v<>P", ("#c2410c", "#be185d", "#92400e", "#6b7280")
 
 
@@ -18,9 +19,9 @@ def plot_rate_distortion(
     """Draw distortion against rate; the last curve coloured by beta, earlier ones pale, baselines as marked points."""
     if not curves:
         raise ValueError("plot needs at least one computed curve, got an empty sequence.")
-    figure, axes = _axes(ax, (6.4, 4.4))
+    figure, axes = axes_of(ax, (6.4, 4.4))
     for earlier in curves[:-1]:
-        axes.plot(*_points(earlier)[1:], color=_PALE, lw=1, marker=".", ms=4, zorder=1)
+        axes.plot(*_points(earlier)[1:], color=PALE, lw=1, marker=".", ms=4, zorder=1)
     _draw_curve(figure, axes, *_points(curves[-1]))
     for place, (label, (rate, distortion)) in enumerate((baselines or {}).items()):
         axes.scatter(
@@ -36,7 +37,7 @@ def plot_rate_distortion(
         )
     axes.set(xlabel="rate R (nats)", ylabel="distortion D (nats)")
     axes.margins(0.06)
-    _quieten(axes)
+    quieten(axes)
     axes.grid(color="#e6e8ec", lw=0.8)
     axes.set_axisbelow(True)
     axes.legend(frameon=False, fontsize=9)
@@ -52,7 +53,7 @@ def plot_information(
     names = [f"factor {f}" for f in range(factors)] if factor_names is None else list(factor_names)
     if len(names) != factors:
         raise ValueError(f"factor_names must name {factors} factors, got {len(names)}: {names}.")
-    figure, axes = _axes(ax, (1.6 + 0.9 * factors, 1.4 + 0.38 * latents))
+    figure, axes = axes_of(ax, (1.6 + 0.9 * factors, 1.4 + 0.38 * latents))
     image = axes.imshow(matrix.tolist(), cmap="cividis", vmin=0, aspect="auto")
     if latents * factors <= 120:
         middle = matrix.max().item() / 2
@@ -64,7 +65,7 @@ def plot_information(
     gaps = value["gap"].reshape(-1).tolist()
     axes.set_xticks(range(factors), [f"{name}\ngap {gap:.2f}" for name, gap in zip(names, gaps, strict=True)])
     axes.set_yticks(range(latents), [f"$z_{{{j}}}$" for j in range(latents)])
-    axes.set_title(f"MIG {value['mig'].item():.3f}", fontsize=11, color=_INK)
+    axes.set_title(f"MIG {value['mig'].item():.3f}", fontsize=11, color=INK)
     axes.tick_params(length=0)
     for side in axes.spines.values():
         side.set_visible(False)
@@ -79,14 +80,14 @@ def _draw_curve(figure: Any, axes: Any, beta: list[float], rate: list[float], di
     from matplotlib.colors import ListedColormap, LogNorm
     from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
-    axes.plot(rate, distortion, color=_INK, lw=1.2, alpha=0.55, zorder=2)
+    axes.plot(rate, distortion, color=INK, lw=1.2, alpha=0.55, zorder=2)
     shades = ListedColormap(colormaps["viridis"](torch.linspace(0, 0.9, 256).tolist()))  # pale yellow fades on white
     span = LogNorm(min(beta), max(beta)) if len(beta) > 1 else None
     points = axes.scatter(
         rate, distortion, c=beta, cmap=shades, norm=span, s=50, edgecolor="white", lw=0.7, label="curve", zorder=3
     )
     bar = figure.colorbar(points, ax=axes, pad=0.02)
-    bar.set_label("\u03b2, the weight of the rate", color=_INK)
+    bar.set_label("\u03b2, the weight of the rate", color=INK)
     bar.outline.set_visible(False)
     if span is not None:
         bar.ax.yaxis.set(
@@ -100,7 +101,7 @@ def _draw_curve(figure: Any, axes: Any, beta: list[float], rate: list[float], di
         distortion[best],
         s=170,
         facecolor="none",
-        edgecolor=_INK,
+        edgecolor=INK,
         lw=1.3,
         zorder=3,
         label=f"best ELBO {-(rate[best] + distortion[best]):.1f} at \u03b2 = {beta[best]:.2g}",
@@ -115,24 +116,6 @@ def _points(curve: Mapping[str, Tensor]) -> tuple[list[float], list[float], list
         raise ValueError("The curve has no finite point to draw.")
     beta, rate, distortion = columns[:, columns[0].argsort()].tolist()
     return beta, rate, distortion
-
-
-def _axes(ax: Any, size: tuple[float, float]) -> tuple[Any, Any]:
-    try:
-        import matplotlib.pyplot as plt
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "Plotting needs matplotlib, which is not installed: pip install 'lightning-ext[plot]'"
-        ) from error
-    return (ax.figure, ax) if ax is not None else plt.subplots(figsize=size, layout="constrained")
-
-
-def _quieten(axes: Any) -> None:
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color("#9aa1ad")
-    axes.tick_params(color="#9aa1ad", labelcolor=_INK)
 
 
 def _numbers(values: Any) -> list[float]:

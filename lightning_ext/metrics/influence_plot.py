@@ -1,0 +1,102 @@
+"""Figures of influence scores and of how good they are. Matplotlib is imported only when one is drawn."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from lightning_ext.metrics._figure import INK, PALE, axes_of, quieten
+
+__all__: list[str] = []  # drawn through the metrics' own plot()
+
+_COLOURS = ("#1d4ed8", "#c2410c", "#15803d", "#7e22ce", "#0e7490", "#92400e")  # told apart in grey by their dashes, too
+_DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1)), (0, (6, 1.5, 1.5, 1.5)), (0, (9, 2)), (0, (3, 1, 1, 1, 1, 1)))
+_MARKERS = "osD^vP"
+_HELPFUL, _HARMFUL = "#1d4ed8", "#c2410c"
+
+
+def plot_detection(curves: Mapping[str, Mapping[str, Tensor]], ax: Any = None) -> tuple[Any, Any]:
+    """Draw found against inspected, one line per named curve, over the lines of random and perfect order."""
+    if not curves:
+        raise ValueError("plot needs at least one computed value, got an empty mapping.")
+    figure, axes = axes_of(ax, (5.6, 4.4))
+    for name, value in curves.items():
+        inspected, found = _numbers(value["inspected"]), _numbers(value["found"])
+        if any(f != f for f in found):
+            raise ValueError(f"{name!r} has no curve to draw: no label is flipped.")
+        place = len([line for line in axes.lines if line.get_gid() == "curve"]) % len(_COLOURS)
+        axes.plot(
+            inspected,
+            found,
+            color=_COLOURS[place],
+            ls=_DASHES[place],
+            lw=1.8,
+            label=f"{name} (AUC {value['auc'].item():.3f})",
+            gid="curve",
+            zorder=3,
+        )
+        _reference(axes, [0.0, value["prevalence"].item(), 1.0], [0.0, 1.0, 1.0], "perfect order")
+    _reference(axes, [0.0, 1.0], [0.0, 1.0], "random order")
+    axes.set(xlabel="fraction of samples inspected", ylabel="fraction of flipped labels found")
+    axes.set(xlim=(0, 1), ylim=(0, 1.02))
+    quieten(axes)
+    axes.grid(color="#e6e8ec", lw=0.8)
+    axes.set_axisbelow(True)
+    axes.legend(frameon=False, fontsize=9, loc="lower right")
+    return figure, axes
+
+
+def plot_effects(
+    predicted: Tensor, actual: Tensor, correlation: float, ax: Any = None, label: str | None = None
+) -> tuple[Any, Any]:
+    """Draw actual against predicted effects with the line on which they are equal."""
+    figure, axes = axes_of(ax, (4.8, 4.4))
+    place = len(axes.collections) % len(_COLOURS)
+    axes.scatter(
+        _numbers(predicted),
+        _numbers(actual),
+        s=26,
+        marker=_MARKERS[place],
+        facecolor=_COLOURS[place],
+        edgecolor="white",
+        lw=0.6,
+        alpha=0.85,
+        label=f"{label + ', ' if label else ''}r = {correlation:.3f}",
+        zorder=3,
+    )
+    if place == 0 and not axes.lines:
+        axes.axline((0, 0), slope=1, color=PALE, lw=1.2, zorder=1, label="equal")
+    axes.set(xlabel="predicted effect of removal", ylabel="actual effect of removal")
+    axes.margins(0.06)
+    quieten(axes)
+    axes.legend(frameon=False, fontsize=9, loc="best")
+    return figure, axes
+
+
+def plot_extremes(ends: Mapping[str, Tensor], ax: Any = None) -> tuple[Any, Any]:
+    """Draw the most helpful samples as bars from the top, the most harmful ones to the bottom."""
+    helpful, best = _numbers(ends["helpful_values"]), ends["helpful_indices"].tolist()
+    harmful, worst = _numbers(ends["harmful_values"]), ends["harmful_indices"].tolist()
+    bars = list(zip(best, helpful, strict=True))
+    bars += [(index, value) for index, value in reversed(list(zip(worst, harmful, strict=True))) if index not in best]
+    figure, axes = axes_of(ax, (5.2, 1.2 + 0.24 * len(bars)))
+    values = [value for _, value in bars]
+    axes.barh(range(len(bars)), values, color=[_HELPFUL if v > 0 else _HARMFUL for v in values], height=0.72)
+    axes.axvline(0, color="#9aa1ad", lw=0.8)
+    axes.set_yticks(range(len(bars)), [str(index) for index, _ in bars], fontsize=8)
+    axes.invert_yaxis()
+    axes.set(xlabel="effect of removal on the query's measurement", ylabel="training sample")
+    quieten(axes)
+    return figure, axes
+
+
+def _reference(axes: Any, x: list[float], y: list[float], name: str) -> None:
+    """A pale line, once per axes."""
+    if name not in [line.get_label() for line in axes.lines]:
+        style = {"perfect order": "-", "random order": ":"}[name]
+        axes.plot(x, y, color=INK if style == ":" else PALE, ls=style, lw=1.2, label=name, zorder=1)
+
+
+def _numbers(values: Tensor) -> list[float]:
+    numbers: list[float] = values.detach().cpu().double().reshape(-1).tolist()
+    return numbers
