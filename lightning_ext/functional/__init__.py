@@ -18,6 +18,7 @@ from lightning_ext.functional.apo_preconditioner import (
     rotate_gradient,
 )
 from lightning_ext.functional.batches import batch_size, concatenate, differentiable, map_tensors, select
+from lightning_ext.functional.conjugate_gradients import conjugate_gradients
 from lightning_ext.functional.counter_rng import fold_in, seeded_generator
 from lightning_ext.functional.divergences import (
     bernoulli_kl,
@@ -45,6 +46,19 @@ from lightning_ext.functional.influence_quality import (
     topk_overlap,
 )
 from lightning_ext.functional.influence_ranking import keep_largest, ordered_scores
+from lightning_ext.functional.influence_response import (
+    DataTerm,
+    RemovalTerm,
+    ResponseObjective,
+    ResponseTerms,
+    influence_gaps,
+    removal_gradients,
+    removal_losses,
+    response_terms,
+    response_terms_and_gradients,
+)
+from lightning_ext.functional.kronecker import KroneckerBlock, KroneckerCurvature, kronecker_curvature
+from lightning_ext.functional.kronecker_statistics import KroneckerLayer, KroneckerStatistics
 from lightning_ext.functional.layer_gradients import (
     EmbeddingRows,
     ExplicitRows,
@@ -53,6 +67,8 @@ from lightning_ext.functional.layer_gradients import (
     OuterProducts,
 )
 from lightning_ext.functional.layer_recorder import LayerRecorder, RecordedLayer
+from lightning_ext.functional.linear_system import BlockProduct, ConvergenceWarning, LinearSystem, SolveInfo
+from lightning_ext.functional.low_rank import NystromApproximation, nystrom, nystrom_cg
 from lightning_ext.functional.mrvae import (
     at_least_float32,
     bernoulli_distortion,
@@ -98,23 +114,33 @@ from lightning_ext.functional.output_loss_protocol import OutputLoss, exponentia
 from lightning_ext.functional.output_losses import CallableLoss, SoftmaxCrossEntropy, output_loss
 from lightning_ext.functional.parameters import ParameterView
 from lightning_ext.functional.per_sample import SampleGradients, per_sample_gradients
+from lightning_ext.functional.solvers import cg, direct, direct_dual, normal_cg
 
 __all__ = [
     "BernoulliCrossEntropy",
+    "BlockProduct",
     "CallableLoss",
+    "ConvergenceWarning",
+    "DataTerm",
     "EmbeddingRows",
     "ExplicitRows",
     "GatedLinear",
     "GaussianNLL",
     "GradientBlock",
     "InfluenceObjective",
+    "KroneckerBlock",
+    "KroneckerCurvature",
+    "KroneckerLayer",
+    "KroneckerStatistics",
     "LayerGradients",
     "LayerRecorder",
     "LinearGates",
     "LinearOptimum",
+    "LinearSystem",
     "MIGResult",
     "MetaStep",
     "MislabelResult",
+    "NystromApproximation",
     "OuterProducts",
     "OutputLoss",
     "ParameterView",
@@ -123,8 +149,12 @@ __all__ = [
     "ProximalObjective",
     "ProximalStep",
     "RecordedLayer",
+    "RemovalTerm",
+    "ResponseObjective",
+    "ResponseTerms",
     "SampleGradients",
     "SoftmaxCrossEntropy",
+    "SolveInfo",
     "SquaredError",
     "active_units",
     "apply_preconditioner",
@@ -137,8 +167,12 @@ __all__ = [
     "beta_for_distortion",
     "beta_for_rate",
     "beta_grid",
+    "cg",
     "concatenate",
+    "conjugate_gradients",
     "differentiable",
+    "direct",
+    "direct_dual",
     "divergence_named",
     "evaluating",
     "exponential_remainder",
@@ -149,11 +183,13 @@ __all__ = [
     "gaussian_kl",
     "group_scores",
     "hypervolume",
+    "influence_gaps",
     "influence_scores",
     "inner_products",
     "joint_exact_gates",
     "keep_largest",
     "kl_weight",
+    "kronecker_curvature",
     "leave_out_step",
     "linear_datamodeling_scores",
     "linear_vae_optimum",
@@ -166,6 +202,9 @@ __all__ = [
     "moments_variance",
     "multiplicative_meta_step",
     "mutual_information_gap",
+    "normal_cg",
+    "nystrom",
+    "nystrom_cg",
     "ordered_scores",
     "output_loss",
     "pareto_front",
@@ -175,6 +214,10 @@ __all__ = [
     "rate_at",
     "rate_distortion_auc",
     "relative_influence",
+    "removal_gradients",
+    "removal_losses",
+    "response_terms",
+    "response_terms_and_gradients",
     "reverse_waterfilling",
     "rmsprop_log_step",
     "rotate_gradient",

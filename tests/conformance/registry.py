@@ -3,7 +3,7 @@
 import torch
 
 from lightning_ext import callbacks, data, metrics, modules, nn
-from tests.conformance import components, toys
+from tests.conformance import components, influence_batches, toys
 from tests.conformance.entry import Entry
 
 NOT_COMPONENTS = {
@@ -14,6 +14,8 @@ NOT_COMPONENTS = {
     "ResumableDataModule": "abstract: DigitsDataModule is one",
     "MNISTDataModule": "its files cannot be shipped; tests/data/test_mnist.py trains on files that it writes",
     "DSpritesDataModule": "its file cannot be shipped; tests/data/test_dsprites.py trains on one that it writes",
+    "IndexedDataset": "wraps a dataset; tests/data/test_indexed.py iterates loaders over it",
+    "IndexedBatch": "a named tuple that a loader over IndexedDataset gives",
     "RowStore": "a file format; tests/data/test_row_store.py kills a writer and reopens its table",
     "RateConditioner": "abstract: RateGate, RateFiLM, LogVarianceGate, PosteriorGate and GatedFiLM are it",
 }
@@ -208,6 +210,53 @@ _METRICS = [
         lambda: metrics.MutualInformationGap([2, 3], latent_dim=2, num_bins=4),
         batches=components.factor_batches,
         metric_options={"empty_rank": True},
+    ),
+    Entry(
+        ["InfluenceScores"],
+        "metric",
+        lambda: metrics.InfluenceScores(num_queries=2),
+        batches=influence_batches.scored_samples,
+        reference=influence_batches.ordered_reference,
+        metric_options={"row_split": False},  # samples are columns
+    ),
+    Entry(
+        ["InfluenceScores"],
+        "metric",
+        lambda: metrics.InfluenceScores(num_queries=2, topk=2),
+        label="InfluenceScores-topk",
+        batches=influence_batches.scored_samples,
+        reference=influence_batches.extremes_reference,
+        metric_options={"row_split": False},
+    ),
+    Entry(
+        ["LinearDatamodelingScore"],
+        "metric",
+        lambda: metrics.LinearDatamodelingScore(influence_batches.MASKS),
+        batches=influence_batches.retrained_subsets,
+        reference=influence_batches.subsets_reference,
+        metric_options={"row_split": False},  # queries are rows of one argument and columns of the other
+    ),
+    Entry(
+        ["LOOCorrelation"],
+        "metric",
+        lambda: metrics.LOOCorrelation("spearman"),
+        batches=influence_batches.removals,
+        reference=influence_batches.removals_reference,
+        metric_options={"row_split": False},  # removals are columns
+    ),
+    Entry(
+        ["MislabelDetection"],
+        "metric",
+        metrics.MislabelDetection,
+        batches=influence_batches.suspicions,
+        reference=influence_batches.detection_reference,
+    ),
+    Entry(
+        ["TopKOverlap"],
+        "metric",
+        lambda: metrics.TopKOverlap(3, kind="harmful"),
+        batches=influence_batches.two_scores,
+        reference=influence_batches.overlap_reference,
     ),
 ]
 
