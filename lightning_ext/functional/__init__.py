@@ -67,8 +67,14 @@ from lightning_ext.functional.layer_gradients import (
     OuterProducts,
 )
 from lightning_ext.functional.layer_recorder import LayerRecorder, RecordedLayer
-from lightning_ext.functional.linear_system import BlockProduct, ConvergenceWarning, LinearSystem, SolveInfo
-from lightning_ext.functional.low_rank import NystromApproximation, nystrom, nystrom_cg
+from lightning_ext.functional.linear_system import (
+    BlockProduct,
+    ConvergenceWarning,
+    LinearSystem,
+    SolveInfo,
+    fixed_direction,
+)
+from lightning_ext.functional.low_rank import NystromApproximation, lanczos, nystrom, nystrom_cg
 from lightning_ext.functional.mrvae import (
     at_least_float32,
     bernoulli_distortion,
@@ -110,6 +116,7 @@ from lightning_ext.functional.mrvae_moments import (
     mutual_information_gap,
     update_moments,
 )
+from lightning_ext.functional.neumann_series import lissa, lissa_scale, neumann, power_iteration
 from lightning_ext.functional.output_loss_protocol import OutputLoss, exponential_remainder, log_partition_divergence
 from lightning_ext.functional.output_losses import CallableLoss, SoftmaxCrossEntropy, output_loss
 from lightning_ext.functional.parameters import ParameterView
@@ -176,6 +183,7 @@ __all__ = [
     "divergence_named",
     "evaluating",
     "exponential_remainder",
+    "fixed_direction",
     "fold_in",
     "free_bits_rate",
     "gate_activation",
@@ -190,10 +198,13 @@ __all__ = [
     "keep_largest",
     "kl_weight",
     "kronecker_curvature",
+    "lanczos",
     "leave_out_step",
     "linear_datamodeling_scores",
     "linear_vae_optimum",
     "linear_vae_terms",
+    "lissa",
+    "lissa_scale",
     "log_partition_divergence",
     "map_tensors",
     "mean_squared_error",
@@ -202,6 +213,7 @@ __all__ = [
     "moments_variance",
     "multiplicative_meta_step",
     "mutual_information_gap",
+    "neumann",
     "normal_cg",
     "nystrom",
     "nystrom_cg",
@@ -209,6 +221,7 @@ __all__ = [
     "output_loss",
     "pareto_front",
     "per_sample_gradients",
+    "power_iteration",
     "preconditioner_gradients",
     "random_subsets",
     "rate_at",

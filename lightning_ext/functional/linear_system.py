@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["BlockProduct", "ConvergenceWarning", "LinearSystem", "SolveInfo"]
+__all__ = ["BlockProduct", "ConvergenceWarning", "LinearSystem", "SolveInfo", "fixed_direction"]
 
 Matvec = Callable[[Tensor], Tensor]
 LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]  # documented, untyped
@@ -25,8 +25,8 @@ class SolveInfo:
         method: the solver's name.
         iterations: passes of the solver's loop, the longest over all rows.
         residual: ``(R,)``, relative, recomputed from the answer: :math:`\lVert b - A x \rVert / \lVert b \rVert`, and
-            0 where b is 0. `normal_cg` reports that of the normal equations, the eigensolvers
-            :math:`\lVert A v - \mu v \rVert / |\mu|`.
+            0 where b is 0. `normal_cg` reports that of the normal equations, `power_iteration` and `lanczos`
+            :math:`\lVert A v - \mu v \rVert / \max |\mu|`, one entry for each pair.
         converged: whether the recomputed residual of every row meets the tolerance.
         products: rows that went through the operator, the cost of the answer.
         scale: the scale of a Neumann series, None for the other methods.
@@ -172,3 +172,26 @@ class LinearSystem:
         relative = torch.where(self.rhs_norm > 0, norms / self.rhs_norm, norms)
         converged = bool((norms <= self.limit).all())
         return x.mul_(self.row_scale), SolveInfo(method, iterations, relative, converged, self.product.rows, scale)
+
+
+def fixed_direction(size: int, index: int = 0, *, like: Tensor) -> Tensor:
+    r"""A unit row without period or symmetry, to start eigensolvers alike on all ranks and without random numbers.
+
+    .. math:: v_i \propto \cos(2 \pi \varphi (k + 1) i^2), \quad \varphi = (\sqrt5 - 1) / 2, \quad i = 1 \dots D
+
+    Args:
+        size: D, at least 1.
+        index: k, at least 0; another direction for each.
+        like: gives dtype and device.
+
+    Returns:
+        ``(1, D)``, of norm 1.
+
+    >>> fixed_direction(3, like=torch.empty(0))
+    tensor([[-0.4792, -0.6399, -0.6007]])
+    """
+    square = torch.arange(1, size + 1, dtype=torch.float64).square()
+    turns = (square * ((5**0.5 - 1) / 2 * (index + 1))).frac()
+    row = (2 * torch.pi * turns).cos()[None]
+    unit: Tensor = row / torch.linalg.vector_norm(row)
+    return unit.to(like)

@@ -1,14 +1,22 @@
 """Low-rank approximations of a symmetric operator behind a matrix-vector product, and what they do for a solver."""
 
+import itertools
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Generator, Tensor
 
 from lightning_ext.functional.conjugate_gradients import conjugate_gradients
-from lightning_ext.functional.linear_system import BlockProduct, LinAlgError, LinearSystem, Matvec, SolveInfo
+from lightning_ext.functional.linear_system import (
+    BlockProduct,
+    LinAlgError,
+    LinearSystem,
+    Matvec,
+    SolveInfo,
+    fixed_direction,
+)
 
-__all__ = ["NystromApproximation", "nystrom", "nystrom_cg"]
+__all__ = ["NystromApproximation", "lanczos", "nystrom", "nystrom_cg"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,3 +231,104 @@ def nystrom_cg(
     info = replace(info, products=product.rows)
     info.warn_unless_converged("raise max_iterations, rank, tol or the damping")
     return x, info
+
+
+def lanczos(
+    matvec: Matvec,
+    start: Tensor,
+    rank: int,
+    *,
+    max_iterations: int | None = None,
+    tol: float = 1e-3,
+) -> tuple[Tensor, Tensor, SolveInfo]:
+    r"""The eigenpairs of largest magnitude of a symmetric operator, by Lanczos with full reorthogonalisation.
+
+    .. math:: A Q^\top = Q^\top T + \beta_m q_{m+1} e_m^\top, \quad T = S \Theta S^\top, \quad u_i = Q^\top s_i
+
+    Every new direction is made orthogonal to all earlier ones, twice. Where the Krylov space closes before ``rank``
+    pairs are found, the recursion goes on from a fixed direction outside it. A repeated eigenvalue may come out fewer
+    times than it occurs: one start sees one direction of its eigenspace.
+
+    Args:
+        matvec: A times rows; gets one row at a time, and ``rank`` rows at the end.
+        start: ``(1, D)``, not zero; a random row or `fixed_direction`.
+        rank: how many pairs, between 1 and D.
+        max_iterations: the largest dimension of the Krylov space, at least ``rank``; None for 4 rank + 20. Never more
+            than D.
+        tol: a pair is found when :math:`\lVert A u - \theta u \rVert \le \text{tol} \max |\theta|`.
+
+    Returns:
+        Eigenvalues ``(rank,)`` by descending magnitude, orthonormal eigenvectors as rows ``(rank, D)``, a `SolveInfo`.
+
+    Raises:
+        ValueError: If ``start`` is not one finite row that is not zero, or ``rank`` or ``max_iterations`` is out of
+            range.
+        torch.linalg.LinAlgError: If the products are not finite.
+
+    Source: Lanczos 1950; for influence functions Schioppa et al. 2022 (arXiv:2112.03052).
+
+    >>> spectrum = torch.tensor([1.0, -4.0, 2.0])
+    >>> lanczos(lambda rows: rows * spectrum, torch.ones(1, 3), rank=2)[0]
+    tensor([-4.0000,  2.0000])
+
+    Note:
+        One product with one row per iteration and one with ``rank`` rows at the end. Keeps the whole Krylov basis,
+        ``max_iterations`` rows.
+    """
+    size = start.shape[-1]
+    limit = min(size, 4 * rank + 20 if max_iterations is None else max_iterations)
+    if not 1 <= rank <= limit:
+        raise ValueError(f"rank must be between 1 and min(D, max_iterations) = {limit}; got {rank}.")
+    system = LinearSystem(matvec, start)
+    if len(start) != 1 or not bool(system.rhs_norm > 0):
+        raise ValueError(f"start must be one row (1, D) that is not zero; got {len(start)} rows.")
+    basis = start.new_empty(limit, size)
+    basis[0] = system.rhs[0] / system.rhs_norm
+    values, mixing, steps = _krylov(system.product, basis, rank, tol)
+    vectors = mixing.to(basis) @ basis[:steps]
+    values = values.to(basis)
+    residual = torch.linalg.vector_norm(system.product(vectors) - values[:, None] * vectors, dim=1)
+    residual = residual / values.abs().max().clamp_min(torch.finfo(values.dtype).tiny)
+    info = SolveInfo("lanczos", steps, residual, bool((residual <= tol).all()), system.product.rows)
+    info.warn_unless_converged("raise max_iterations or tol")
+    return values, vectors, info
+
+
+def _krylov(product: BlockProduct, basis: Tensor, rank: int, tol: float) -> tuple[Tensor, Tensor, int]:
+    """Fill the basis until the largest pairs are found; their eigenvalues, coordinates (rank, steps), and the steps."""
+    limit = len(basis)
+    tridiagonal = torch.zeros(limit + 1, limit + 1, dtype=torch.float64)
+    step, norm = 0, 0.0
+    while True:
+        image = product(basis[step : step + 1])
+        tridiagonal[step, step] = torch.linalg.vecdot(image, basis[step : step + 1]).item()
+        rest = _orthogonal(image, basis[: step + 1])
+        beta = torch.linalg.vector_norm(rest).item()
+        norm = max(norm, torch.linalg.vector_norm(image).item())
+        if not norm < float("inf"):
+            raise LinAlgError("lanczos: the products of the operator are NaN or infinite.")
+        step += 1
+        if step == limit or (step >= rank and step % 5 == 0):
+            values, vectors = torch.linalg.eigh(tridiagonal[:step, :step])
+            order = values.abs().argsort(descending=True)[:rank]
+            found = bool((beta * vectors[-1, order].abs() <= 0.5 * tol * values.abs().max()).all())
+            if step == limit or found:
+                return values[order], vectors[:, order].mT, step
+        if beta <= 10 * torch.finfo(basis.dtype).eps * norm:  # the Krylov space is closed: decouple another one
+            beta, rest = 0.0, _outside(basis[:step])
+        tridiagonal[step, step - 1] = tridiagonal[step - 1, step] = beta
+        basis[step] = rest / torch.linalg.vector_norm(rest)
+
+
+def _outside(basis: Tensor) -> Tensor:
+    for index in itertools.count():
+        row = _orthogonal(fixed_direction(basis.shape[1], index, like=basis), basis)
+        if torch.linalg.vector_norm(row) > 1e-3:
+            return row
+    raise AssertionError("the basis spans the whole space")
+
+
+def _orthogonal(row: Tensor, basis: Tensor) -> Tensor:
+    for _ in range(2):  # once is not enough in finite precision, twice is (Kahan and Parlett)
+        row = row - (row @ basis.mT) @ basis
+    return row
