@@ -80,6 +80,14 @@ class GradientBlock(ABC):
                 out[chunk] += rows.square().sum(1)
         return out
 
+    def square_sums(self) -> tuple[Tensor, ...]:
+        """Sums over the samples of the squared gradients, ``(d,)`` for each slice."""
+        sums = tuple(self.sample().new_zeros(part.stop - part.start) for part in self.slices)
+        for chunk in self.chunks():
+            for total, rows in zip(sums, self[chunk].explicit(), strict=True):
+                total += rows.square().sum(0)
+        return sums
+
 
 @dataclass(frozen=True)
 class ExplicitRows(GradientBlock):
@@ -190,6 +198,14 @@ class OuterProducts(GradientBlock):
             out[chunk] = self._pairs("gbtf,gbuf->gbtu", self[chunk], self[chunk]).sum((0, 2, 3))
         return out
 
+    def square_sums(self) -> tuple[Tensor, ...]:
+        """Sums over the samples of the squared gradients, ``(d,)`` for each slice."""
+        if self.g.shape[2] > 1:
+            return super().square_sums()
+        a, g = self.a.squeeze(2).square(), self.g.squeeze(2).square()
+        weight = ((g.mT @ a).flatten(),) if self.weight else ()
+        return weight + ((g.sum(1).flatten(),) if self.bias else ())
+
     def _pairs(self, equation: str, left: "OuterProducts", right: "OuterProducts") -> Tensor:
         gradients = torch.einsum(equation, left.g, right.g)
         if not self.weight:
@@ -264,6 +280,14 @@ class EmbeddingRows(GradientBlock):
             same = self.indices[chunk][:, :, None] == self.indices[chunk][:, None, :]
             out[chunk] = (self.g[chunk] @ self.g[chunk].mT * same).sum((1, 2))
         return out
+
+    def square_sums(self) -> tuple[Tensor, ...]:
+        """Sums over the samples of the squared gradients, ``(d,)`` for the one slice."""
+        samples = torch.arange(len(self), device=self.g.device).unsqueeze(1)
+        cells, where = torch.unique(samples * self.num_embeddings + self.indices, return_inverse=True)
+        rows = self.g.new_zeros(len(cells), self.g.shape[-1]).index_add_(0, where.flatten(), self.g.flatten(0, 1))
+        table = self.g.new_zeros(self.num_embeddings, self.g.shape[-1])
+        return (table.index_add_(0, cells % self.num_embeddings, rows.square()).flatten(),)
 
 
 class LayerGradients:

@@ -109,11 +109,6 @@ def _unfolded(layer: Any, x: Tensor) -> Tensor:
     return x.permute(order).flatten(2 + n).flatten(2, 1 + n)
 
 
-def _lead_with_samples(x: Tensor, batch: int) -> Tensor:
-    # tokens first, samples second, as in sequence models without batch_first
-    return x.transpose(0, 1) if x.ndim > 1 and x.shape[0] != batch and x.shape[1] == batch else x
-
-
 def _at_least_float32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
@@ -123,13 +118,6 @@ def _by_sample(x: Tensor, batch: int, layer: str) -> Tensor:
     if x.shape[1] % batch:
         raise ValueError(f"layer {layer!r} works on {x.shape[1]} rows, not a multiple of the {batch} samples.")
     return x.reshape(x.shape[0], batch, -1, x.shape[3])
-
-
-def _features_last(x: Tensor, batch: int, features: int) -> Tensor:
-    """``(*lead, *features)`` as ``(1, N, T, F)``."""
-    x = x.flatten(x.ndim - features)
-    x = _lead_with_samples(x, batch) if x.ndim > 2 else x
-    return x.reshape(1, x.shape[0], -1, x.shape[-1])
 
 
 def _channels_last(x: Tensor, groups: int = 1) -> Tensor:
@@ -177,6 +165,7 @@ class LayerRecorder:
         self._calls: dict[str, list[_Call]] = defaultdict(list)
         self._handles: list[RemovableHandle] = []
         self._deaf = False
+        self._tokens_first: dict[str, bool] = {}
 
     def __enter__(self) -> "LayerRecorder":
         """Forget what was recorded and listen."""
@@ -234,12 +223,21 @@ class LayerRecorder:
 
     def _input_tokens(self, layer: RecordedLayer, x: Tensor, batch: int) -> Tensor:
         if layer.kind == "embedding":
-            return _features_last(x.unsqueeze(-1), batch, 1)
+            return self._features_last(layer, x.unsqueeze(-1), batch)
         if layer.kind == "affine":
             return self._output_tokens(layer, self._normalized(layer.layer, x), batch)
         if isinstance(layer.layer, _CONVOLUTIONS):
             return _unfolded(layer.layer, _at_least_float32(x))
-        return _features_last(_at_least_float32(x), batch, 1)
+        return self._features_last(layer, _at_least_float32(x), batch)
+
+    def _features_last(self, layer: RecordedLayer, x: Tensor, batch: int, features: int = 1) -> Tensor:
+        """``(*lead, *features)`` as ``(1, N, T, F)``, samples first also where the network has tokens first."""
+        x = x.flatten(x.ndim - features)
+        if x.ndim > 2 and batch in x.shape[:2]:
+            if x.shape[0] != x.shape[1]:  # where the two are equal, what was seen before decides
+                self._tokens_first[layer.name] = x.shape[1] == batch
+            x = x.transpose(0, 1) if self._tokens_first.get(layer.name) else x
+        return x.reshape(1, x.shape[0], -1, x.shape[-1])
 
     def _normalized(self, layer: nn.Module, x: Tensor) -> Tensor:
         identity = {
@@ -257,7 +255,7 @@ class LayerRecorder:
         if isinstance(layer.layer, (*_CONVOLUTIONS, *_CHANNEL_NORMS)):
             return _channels_last(g, layer.groups)
         shape = getattr(layer.layer, "normalized_shape", (1,))
-        return _features_last(g, batch, len(shape))
+        return self._features_last(layer, g, batch, len(shape))
 
     def output_gradients(self, outputs: Tensor, cotangents: Tensor, vectorize: bool | None = None) -> list[Tensor]:
         """Pull output cotangents back to the outputs of every recorded layer.

@@ -130,11 +130,33 @@ class SampleGradients:
 
     def __call__(self, batch: Any) -> LayerGradients:
         """The gradients of all samples of a batch, as factors."""
-        with _exact(self.module, batch) as batch:
-            gradients = self._recorded(batch) if self.fallback is None else None
-            gradients = self._explicit(batch) if gradients is None else gradients
+        with self.recording(batch) as (batch, outputs):
+            gradients = self._explicit(batch) if outputs is None else self._recorded(batch, outputs)
         _refuse_non_finite(gradients)
         return gradients
+
+    @contextlib.contextmanager
+    def recording(self, batch: Any) -> Iterator[tuple[Any, Tensor | None]]:
+        """Run the batch with ``recorder`` listening, in eval mode, with autograd on and autocasting off.
+
+        Yields:
+            The batch as autograd can use it, and the outputs; None for these where the layers do not explain the
+            gradients, see ``fallback``.
+        """
+        device = self.view.device.type
+        with evaluating(self.module), differentiable(batch) as batch, torch.autocast(device, enabled=False):
+            yield batch, None if self.fallback else self._outputs(batch)
+
+    def _outputs(self, batch: Any) -> Tensor | None:
+        with self.recorder:
+            outputs = self.objective.outputs(self.module, batch)
+        try:
+            self._check(batch, outputs)
+        except _UnexplainedError as reason:
+            self._fall_back(str(reason))
+            return None
+        self.uncovered = self.recorder.uncovered
+        return outputs
 
     def parts(self, batch: Any) -> Iterator[LayerGradients]:
         """The same in pieces, of so many samples that explicit gradients stay within ``memory_bytes``."""
@@ -166,29 +188,25 @@ class SampleGradients:
     def _cotangent(self, outputs: Tensor, targets: Any) -> Tensor:
         if self.quantity == "loss":
             return self.objective.loss.gradient(outputs, targets).to(outputs.dtype)
-        (cotangent,) = torch.autograd.grad(self._values(outputs.requires_grad_(), targets).sum(), outputs)
+        value = self._values(outputs.requires_grad_(), targets).sum()
+        cotangent: Tensor = torch.autograd.grad(value, outputs)[0]
         return cotangent
 
-    def _recorded(self, batch: Any) -> LayerGradients | None:
-        with self.recorder as recorder:
-            outputs = self.objective.outputs(self.module, batch)
-        try:
-            self._check(batch, outputs)
-        except _UnexplainedError as reason:
-            self._fall_back(str(reason))
-            return None
+    def _recorded(self, batch: Any, outputs: Tensor) -> LayerGradients:
         cotangent = self._cotangent(outputs.detach(), self.objective.targets(batch))
-        others = self._others(batch, cotangent) if recorder.uncovered else None
-        return recorder.backward(outputs, cotangent, others)
+        return self.recorder.backward(outputs, cotangent, self.others(batch, cotangent))
 
-    def _others(self, batch: Any, cotangent: Tensor) -> dict[str, Tensor]:
+    def others(self, batch: Any, cotangent: Tensor) -> dict[str, Tensor]:
+        """Gradients ``(B, *shape)`` of the ``uncovered`` parameters for an output cotangent ``(B, ...)``."""
         values = self.view.values()
-        self.uncovered = self.recorder.uncovered
 
         def pulled(parameters: Parameters, sample: Any) -> Tensor:
             inputs, c = sample
-            return (self.objective.function(self.module, self.view, inputs)(values | dict(parameters)) * c).sum()
+            outputs = self.objective.function(self.module, self.view, inputs)(values | dict(parameters))
+            return torch.sum(outputs * c)
 
+        if not self.uncovered:
+            return {}
         return per_sample_gradients(pulled, {name: values[name] for name in self.uncovered}, (batch, cotangent))
 
     def _explicit(self, batch: Any) -> LayerGradients:
@@ -231,14 +249,6 @@ def _compare(names: list[str], ours: list[Tensor], truth: list[Tensor]) -> None:
     for name, mine, g in zip(names, ours, truth, strict=True):
         if (mine - g).norm() > tolerance * (g.norm() + 0.01 * largest):
             raise _UnexplainedError(f"the layer of {name!r} does not explain the gradient of a sample run alone")
-
-
-@contextlib.contextmanager
-def _exact(module: nn.Module, batch: Any) -> Iterator[Any]:
-    """Eval mode, autograd on, autocasting off."""
-    device = next(module.parameters()).device.type
-    with evaluating(module), differentiable(batch) as batch, torch.autocast(device, enabled=False):
-        yield batch
 
 
 def _refuse_non_finite(gradients: LayerGradients) -> None:
