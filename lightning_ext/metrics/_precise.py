@@ -70,12 +70,12 @@ class ConcatenatingMetric(PreciseMetric):
     but for the first dimension, which such a rank cannot know; flat pieces of a declared dtype need neither.
     """
 
-    _dtypes: dict[str, torch.dtype]
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._dtypes: dict[str, torch.dtype] = {}
 
     def add_pieces(self, name: str, dtype: torch.dtype) -> None:
         """Declare a state of flat pieces."""
-        if "_dtypes" not in self.__dict__:
-            self._dtypes = {}
         self._dtypes[name] = dtype
         self.add_state(name, [], dist_reduce_fx="cat")
 

@@ -114,7 +114,8 @@ class InfluenceScores(ConcatenatingMetric):
         """The score matrix from what ``trainer.predict`` returned.
 
         Under several ranks ``trainer.predict`` returns each rank its own share. All shares are gathered, so call this
-        on every rank; every rank gets the whole matrix.
+        on every rank; every rank gets the whole matrix. Strategies that fork or spawn their processes return rank 0's
+        share alone, which is refused as incomplete.
 
         Args:
             predictions: Dicts with ``scores`` ``(Q, B)`` and ``indices`` ``(B,)``, one per batch.
@@ -146,8 +147,8 @@ class InfluenceScores(ConcatenatingMetric):
         if absent:
             raise ValueError(
                 f"predictions has no scores of {len(absent)} of {count} samples, the first of them {absent[:5]}. Score "
-                "the whole training set, with a loader that neither drops samples nor limits batches, and call gather "
-                "on every rank."
+                "the whole training set, with a loader that neither drops samples nor limits batches; on several "
+                "ranks, with a strategy that neither forks nor spawns, and call gather on each."
             )
         return scores
 
@@ -228,7 +229,7 @@ def _all_ranks(pieces: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor
 
 
 def _ends(scores: Tensor, indices: Tensor, k: int) -> dict[str, Tensor]:
-    k = min(k, scores.shape[1])
+    k = min(k, scores.shape[-1])
     helpful, best = keep_largest(scores, indices, k)
     harmful, worst = keep_largest(-scores, indices, k)
     return _named_ends(helpful, best, -harmful, worst)

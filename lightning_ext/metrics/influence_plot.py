@@ -13,6 +13,7 @@ _COLOURS = ("#1d4ed8", "#c2410c", "#15803d", "#7e22ce", "#0e7490", "#92400e")  #
 _DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1)), (0, (6, 1.5, 1.5, 1.5)), (0, (9, 2)), (0, (3, 1, 1, 1, 1, 1)))
 _MARKERS = "osD^vP"
 _HELPFUL, _HARMFUL = "#1d4ed8", "#c2410c"
+_REFERENCES = ("perfect order", "random order", "equal")
 
 
 def plot_detection(curves: Mapping[str, Mapping[str, Tensor]], ax: Any = None) -> tuple[Any, Any]:
@@ -42,7 +43,7 @@ def plot_detection(curves: Mapping[str, Mapping[str, Tensor]], ax: Any = None) -
     quieten(axes)
     axes.grid(color="#e6e8ec", lw=0.8)
     axes.set_axisbelow(True)
-    axes.legend(frameon=False, fontsize=9, loc="lower right")
+    _legend(axes, "lower right")
     return figure, axes
 
 
@@ -69,7 +70,8 @@ def plot_effects(
     axes.set(xlabel="predicted effect of removal", ylabel="actual effect of removal")
     axes.margins(0.06)
     quieten(axes)
-    axes.legend(frameon=False, fontsize=9, loc="best")
+    axes.ticklabel_format(style="sci", scilimits=(-3, 4), axis="both")
+    _legend(axes, "best")
     return figure, axes
 
 
@@ -86,8 +88,16 @@ def plot_extremes(ends: Mapping[str, Tensor], ax: Any = None) -> tuple[Any, Any]
     axes.set_yticks(range(len(bars)), [str(index) for index, _ in bars], fontsize=8)
     axes.invert_yaxis()
     axes.set(xlabel="effect of removal on the query's measurement", ylabel="training sample")
+    axes.ticklabel_format(style="sci", scilimits=(-3, 4), axis="x")
     quieten(axes)
     return figure, axes
+
+
+def _legend(axes: Any, place: str) -> None:
+    """What was measured first, what it is compared with last."""
+    handles, labels = axes.get_legend_handles_labels()
+    order = sorted(range(len(labels)), key=lambda i: labels[i] in _REFERENCES)
+    axes.legend([handles[i] for i in order], [labels[i] for i in order], frameon=False, fontsize=9, loc=place)
 
 
 def _reference(axes: Any, x: list[float], y: list[float], name: str) -> None:
