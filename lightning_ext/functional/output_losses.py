@@ -196,7 +196,8 @@ class CallableLoss(OutputLoss):
         eigenvalues, eigenvectors = torch.linalg.eigh(hessians.double())
         scale = eigenvalues.abs().amax(1)
         _refuse_negative(eigenvalues.amin(1) < -_rounding(y) * scale)
-        return (eigenvalues.clamp(min=0).sqrt().unsqueeze(1) * eigenvectors).mT.to(y.dtype)
+        roots: Tensor = (eigenvalues.clamp(min=0).sqrt().unsqueeze(1) * eigenvectors).mT.to(y.dtype)
+        return roots
 
     def hessian_sqrt(self, y: Tensor, t: Tensor | None) -> Tensor:
         r"""Return columns ``(S, *y.shape)`` with :math:`H_b = \sum_s c_{sb} c_{sb}^\top`, from an eigendecomposition.
