@@ -60,10 +60,11 @@ distclean: clean  ## Remove the environments too; the next target installs them 
 .venv/.stamp: pyproject.toml constraints.txt
 	$(call install,.venv,-c constraints.txt --group dev)
 
-.venv-bench/.stamp: pyproject.toml constraints.txt constraints-bench.txt
-	$(call install,.venv-bench,-c constraints-bench.txt --group bench)
+.venv-bench/.stamp: pyproject.toml constraints.txt constraints-bench.txt requirements/bench-no-deps.txt
+	$(call install,.venv-bench,-c constraints-bench.txt --group bench,requirements/bench-no-deps.txt)
 
-# $(call install,environment,pip arguments): make or renew an environment, and stamp it once it is whole.
+# $(call install,environment,pip arguments,packages to install without what they require): make or renew an
+# environment, and stamp it once it is whole.
 define install
 @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo \
 	"lightning_ext needs Python 3.11 or newer; '$(PYTHON)' is `$(PYTHON) --version 2>&1`. Try: make PYTHON=python3.11"; exit 1; }
@@ -71,5 +72,6 @@ define install
 @$(1)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(1)
 @$(1)/bin/python -m pip install --quiet $(PIP)
 $(1)/bin/python -m pip install $(2) -e '.[all]'
+$(if $(3),$(1)/bin/python -m pip install --no-deps -r $(3))
 @touch $@
 endef
