@@ -136,6 +136,7 @@ class KroneckerStatistics:
         slices = self.view.slices()
         return tuple(slices[name] for name in self.diagonal)
 
+    @torch.inference_mode(False)  # they are added to with autograd on
     def factor_zeros(self) -> dict[str, Tensor]:
         """Zeros of the shapes of :meth:`factors`, in the widest float of the device."""
         sums = {"count": self._zeros(), "diagonal": self._zeros(sum(p.stop - p.start for p in self.places))}
@@ -144,6 +145,7 @@ class KroneckerStatistics:
             sums[f"{layer.name}.S"] = self._zeros(layer.groups, layer.outputs, layer.outputs)
         return sums
 
+    @torch.inference_mode(False)
     def correction_zeros(self) -> dict[str, Tensor]:
         """Zeros of the shapes of :meth:`corrections`, in the widest float of the device."""
         shapes = {layer.name: (layer.groups, layer.outputs, layer.inputs) for layer in self.layers}

@@ -1,5 +1,6 @@
 """Metrics with state: ``torchmetrics.Metric`` subclasses."""
 
+from lightning_ext.metrics.curvature import EigenCorrection, KroneckerFactors
 from lightning_ext.metrics.influence import InfluenceScores
 from lightning_ext.metrics.influence_quality import (
     LinearDatamodelingScore,
@@ -11,7 +12,9 @@ from lightning_ext.metrics.mrvae import RateDistortionCurve
 from lightning_ext.metrics.mrvae_information import MutualInformationGap
 
 __all__ = [
+    "EigenCorrection",
     "InfluenceScores",
+    "KroneckerFactors",
     "LOOCorrelation",
     "LinearDatamodelingScore",
     "MislabelDetection",

@@ -3,7 +3,7 @@
 import torch
 
 from lightning_ext import callbacks, data, metrics, modules, nn
-from tests.conformance import components, influence_batches, toys
+from tests.conformance import components, curvature_batches, influence_batches, toys
 from tests.conformance.entry import Entry
 
 NOT_COMPONENTS = {
@@ -258,6 +258,14 @@ _METRICS = [
         batches=influence_batches.two_scores,
         reference=influence_batches.overlap_reference,
     ),
+    Entry(
+        ["KroneckerFactors"],
+        "metric",
+        lambda: metrics.KroneckerFactors(curvature_batches.NETWORK, curvature_batches.OBJECTIVE),
+        batches=curvature_batches.updates,
+        reference=curvature_batches.factors_reference,
+    ),
+    Entry(["EigenCorrection"], "metric", curvature_batches.correction, batches=curvature_batches.updates),
 ]
 
 _NN = [
