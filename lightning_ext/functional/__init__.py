@@ -18,6 +18,7 @@ from lightning_ext.functional.apo_preconditioner import (
     rotate_gradient,
 )
 from lightning_ext.functional.batches import batch_size, concatenate, differentiable, map_tensors, select
+from lightning_ext.functional.block_conjugate_gradients import block_cg
 from lightning_ext.functional.conjugate_gradients import conjugate_gradients
 from lightning_ext.functional.counter_rng import fold_in, seeded_generator
 from lightning_ext.functional.divergences import (
@@ -174,6 +175,7 @@ __all__ = [
     "beta_for_distortion",
     "beta_for_rate",
     "beta_grid",
+    "block_cg",
     "cg",
     "concatenate",
     "conjugate_gradients",

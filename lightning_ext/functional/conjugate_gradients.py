@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lightning_ext.functional.linear_system import LinAlgError, LinearSystem, Matvec, SolveInfo
+from lightning_ext.functional.linear_system import Check, LinAlgError, LinearSystem, Matvec, SolveInfo
 
 __all__ = ["conjugate_gradients"]
 
@@ -16,6 +16,7 @@ def conjugate_gradients(
     x0: Tensor | None = None,
     method: str = "cg",
     semidefinite: bool = False,
+    check: Check = "rows",
 ) -> tuple[Tensor, SolveInfo]:
     r"""Preconditioned conjugate gradients on a `LinearSystem`; `cg` with the system made by the caller, and no warning.
 
@@ -26,6 +27,7 @@ def conjugate_gradients(
         x0: ``(R, D)``, where to start; None for 0.
         method: the name in the report and in errors.
         semidefinite: stop a row at a direction of no curvature instead of refusing the operator.
+        check: how the final residual is recomputed, see `LinearSystem.solve`.
 
     Returns:
         The solutions ``(R, D)`` and a `SolveInfo`.
@@ -41,21 +43,8 @@ def conjugate_gradients(
     >>> conjugate_gradients(system)[0]
     tensor([[2., 1.]])
     """
-    budget = min(10 * system.rhs.shape[1], 1000) if max_iterations is None else max_iterations
-    if budget < 1:
-        raise ValueError(f"max_iterations must be at least 1 or None; got {max_iterations}.")
     recursion = _Recursion(method, system, preconditioner, semidefinite)
-    x, residual = system.start(x0)
-    norms = torch.linalg.vector_norm(residual, dim=1)
-    iterations = 0
-    while True:
-        iterations += recursion.run(x, residual, budget - iterations)
-        residual, before = system.residual(x), norms
-        norms = torch.linalg.vector_norm(residual, dim=1)
-        regained = (norms > system.limit) & (norms < before / 2)
-        # What the recursion promised may not hold in finite precision: go on while a new start gains a factor of 2.
-        if iterations >= budget or not bool(regained.any()):
-            return system.finish(method, x, iterations, norms=norms)
+    return system.solve(method, recursion.run, max_iterations=max_iterations, x0=x0, check=check)
 
 
 class _Recursion:
@@ -66,7 +55,7 @@ class _Recursion:
         self.semidefinite = semidefinite
 
     def run(self, x: Tensor, residual: Tensor, budget: int) -> int:
-        """Move x in place, using up its residual, until every row meets its limit; returns the iterations used."""
+        """Move x and its residual in place until every row meets its limit; returns the iterations used."""
         limit = self.system.limit
         r, rows = residual, torch.arange(len(x), device=x.device)
         going = torch.linalg.vector_norm(r, dim=1) > limit
@@ -92,10 +81,14 @@ class _Recursion:
                 self._refuse(curvature, rz, rows, iteration)
             if not bool(flags.all()):
                 keep = going & sound
+                if r is not residual:
+                    residual[rows] = r
                 rows, r, p, rz, limit = rows[keep], r[keep], p[keep], rz[keep], limit[keep]
             z, new = self._precondition(r)
             torch.addcmul(z, p, (new / rz)[:, None], out=p)
             rz = new
+        if r is not residual:
+            residual[rows] = r
         return budget
 
     def _precondition(self, r: Tensor) -> tuple[Tensor, Tensor]:

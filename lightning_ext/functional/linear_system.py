@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -10,6 +11,8 @@ from torch import Tensor
 __all__ = ["BlockProduct", "ConvergenceWarning", "LinearSystem", "SolveInfo", "fixed_direction"]
 
 Matvec = Callable[[Tensor], Tensor]
+Recursion = Callable[[Tensor, Tensor, int], int]
+Check = Literal["rows", "probe"]
 LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]  # documented, untyped
 
 
@@ -146,6 +149,56 @@ class LinearSystem:
     def residual(self, x: Tensor) -> Tensor:
         """The true residual of the scaled rows, b - A x."""
         return self.rhs - self.product(x)
+
+    def solve(
+        self,
+        method: str,
+        recursion: Recursion,
+        *,
+        max_iterations: int | None = None,
+        x0: Tensor | None = None,
+        check: Check = "rows",
+    ) -> tuple[Tensor, SolveInfo]:
+        """Run a recursion until the recomputed residuals meet the limits, from the true residual again if need be.
+
+        Args:
+            method: the solver's name.
+            recursion: ``(x, residual, budget)`` to the iterations used; moves both in place, for rows above `limit`.
+            max_iterations: at least 1; None for 10 D, but no more than 1000.
+            x0: ``(R, D)``, where to start; None for 0.
+            check: "rows" recomputes the residual of each row. "probe" recomputes that of one combination of all rows,
+                and adds what it differs from the recursion's to each; it turns to "rows" where that decides.
+
+        Returns:
+            The answer and its report.
+        """
+        budget = min(10 * self.rhs.shape[1], 1000) if max_iterations is None else max_iterations
+        if budget < 1 or check not in ("rows", "probe"):
+            raise ValueError(
+                f'max_iterations must be at least 1 or None, check "rows" or "probe"; got {max_iterations}, {check!r}.'
+            )
+        x, residual = self.start(x0)
+        norms = torch.linalg.vector_norm(residual, dim=1)
+        iterations = 0
+        while True:
+            iterations += recursion(x, residual, budget - iterations)
+            before = norms
+            residual, norms = self._true(x, residual, check)
+            # What the recursion promised may not hold in finite precision: go on while a new start gains a factor 2.
+            regained = (norms > self.limit) & (norms < before / 2)
+            if iterations >= budget or not bool(regained.any()):
+                return self.finish(method, x, iterations, norms=norms)
+
+    def _true(self, x: Tensor, residual: Tensor, check: Check) -> tuple[Tensor, Tensor]:
+        if check == "probe":
+            norms = torch.linalg.vector_norm(residual, dim=1)
+            weights = fixed_direction(len(x), like=x).sign() / torch.where(self.rhs_norm > 0, self.rhs_norm, 1.0)
+            gap = torch.linalg.vector_norm(weights @ (self.rhs - residual) - self.product(weights @ x))
+            bounds = norms + gap * self.rhs_norm
+            if not bool(((norms <= self.limit) & ~(bounds <= self.limit)).any()):
+                return residual, bounds
+        residual = self.residual(x)
+        return residual, torch.linalg.vector_norm(residual, dim=1)
 
     def finish(
         self, method: str, x: Tensor, iterations: int, *, norms: Tensor | None = None, scale: float | None = None

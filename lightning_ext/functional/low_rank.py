@@ -9,6 +9,7 @@ from torch import Generator, Tensor
 from lightning_ext.functional.conjugate_gradients import conjugate_gradients
 from lightning_ext.functional.linear_system import (
     BlockProduct,
+    Check,
     LinAlgError,
     LinearSystem,
     Matvec,
@@ -176,6 +177,7 @@ def nystrom_cg(
     max_iterations: int | None = None,
     x0: Tensor | None = None,
     max_rows: int | None = None,
+    check: Check = "rows",
 ) -> tuple[Tensor, SolveInfo]:
     r"""Solve with :math:`G + \mu I` by conjugate gradients preconditioned with a `nystrom` approximation of G.
 
@@ -194,6 +196,8 @@ def nystrom_cg(
         max_iterations: at least 1; None for 10 D, but no more than 1000.
         x0: ``(R, D)``, where to start; None for 0.
         max_rows: the most rows in one product, of the sketch too.
+        check: "rows" recomputes the residual of every row at the end; "probe" that of one combination of them, see
+            `LinearSystem.solve`.
 
     Returns:
         The solutions ``(R, D)`` and a `SolveInfo` whose ``products`` include the sketch.
@@ -226,6 +230,7 @@ def nystrom_cg(
         preconditioner=approximation.preconditioner(damping),
         max_iterations=max_iterations,
         x0=x0,
+        check=check,
         method="nystrom_cg",
     )
     info = replace(info, products=product.rows)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_ext.functional.conjugate_gradients import conjugate_gradients
-from lightning_ext.functional.linear_system import BlockProduct, LinAlgError, LinearSystem, Matvec, SolveInfo
+from lightning_ext.functional.linear_system import BlockProduct, Check, LinAlgError, LinearSystem, Matvec, SolveInfo
 
 __all__ = ["cg", "direct", "direct_dual", "normal_cg"]
 
@@ -26,6 +26,7 @@ def cg(
     max_iterations: int | None = None,
     x0: Tensor | None = None,
     max_rows: int | None = None,
+    check: Check = "rows",
 ) -> tuple[Tensor, SolveInfo]:
     r"""Conjugate gradients for a symmetric positive definite operator, all right-hand sides at once.
 
@@ -44,6 +45,8 @@ def cg(
         max_iterations: at least 1; None for 10 D, but no more than 1000.
         x0: ``(R, D)``, where to start; None for 0.
         max_rows: the most rows in one product, to bound memory.
+        check: "rows" recomputes the residual of every row at the end; "probe" that of one combination of them, see
+            `LinearSystem.solve`.
 
     Returns:
         The solutions ``(R, D)`` and a `SolveInfo`.
@@ -63,7 +66,9 @@ def cg(
         is given. Keeps five blocks of R rows. Ranks that see equal products take equal decisions.
     """
     system = LinearSystem(BlockProduct(matvec, max_rows), rhs, tol=tol, atol=atol)
-    x, info = conjugate_gradients(system, preconditioner=preconditioner, max_iterations=max_iterations, x0=x0)
+    x, info = conjugate_gradients(
+        system, preconditioner=preconditioner, max_iterations=max_iterations, x0=x0, check=check
+    )
     info.warn_unless_converged("raise max_iterations, tol or the damping, or precondition")
     return x, info
 
