@@ -21,6 +21,7 @@ from lightning_ext.functional.batches import batch_size, concatenate, differenti
 from lightning_ext.functional.block_conjugate_gradients import block_cg
 from lightning_ext.functional.conjugate_gradients import conjugate_gradients
 from lightning_ext.functional.counter_rng import fold_in, seeded_generator
+from lightning_ext.functional.curvature import CurvatureOperator, EmpiricalFisherOperator, GGNOperator, HessianOperator
 from lightning_ext.functional.divergences import (
     bernoulli_kl,
     divergence_named,
@@ -75,6 +76,7 @@ from lightning_ext.functional.linear_system import (
     SolveInfo,
     fixed_direction,
 )
+from lightning_ext.functional.linearized import LinearizedBatch, LinearizedGradient, PullBack
 from lightning_ext.functional.low_rank import NystromApproximation, lanczos, nystrom, nystrom_cg
 from lightning_ext.functional.mrvae import (
     at_least_float32,
@@ -122,6 +124,7 @@ from lightning_ext.functional.output_loss_protocol import OutputLoss, exponentia
 from lightning_ext.functional.output_losses import CallableLoss, SoftmaxCrossEntropy, output_loss
 from lightning_ext.functional.parameters import ParameterView
 from lightning_ext.functional.per_sample import SampleGradients, per_sample_gradients
+from lightning_ext.functional.sketch import Projection
 from lightning_ext.functional.solvers import cg, direct, direct_dual, normal_cg
 
 __all__ = [
@@ -129,12 +132,16 @@ __all__ = [
     "BlockProduct",
     "CallableLoss",
     "ConvergenceWarning",
+    "CurvatureOperator",
     "DataTerm",
     "EmbeddingRows",
+    "EmpiricalFisherOperator",
     "ExplicitRows",
+    "GGNOperator",
     "GatedLinear",
     "GaussianNLL",
     "GradientBlock",
+    "HessianOperator",
     "InfluenceObjective",
     "KroneckerBlock",
     "KroneckerCurvature",
@@ -145,6 +152,8 @@ __all__ = [
     "LinearGates",
     "LinearOptimum",
     "LinearSystem",
+    "LinearizedBatch",
+    "LinearizedGradient",
     "MIGResult",
     "MetaStep",
     "MislabelResult",
@@ -154,8 +163,10 @@ __all__ = [
     "ParameterView",
     "PoissonNLL",
     "PreconditionerGradients",
+    "Projection",
     "ProximalObjective",
     "ProximalStep",
+    "PullBack",
     "RecordedLayer",
     "RemovalTerm",
     "ResponseObjective",

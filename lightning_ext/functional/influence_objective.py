@@ -136,8 +136,8 @@ class InfluenceObjective:
         times, forwards and backwards, and under inference mode: attention runs in its plain form, autocast is off.
 
         Raises:
-            ValueError: If a part of the module is in training mode. When called: as :meth:`outputs`, or if there are
-                not as many outputs as samples.
+            ValueError: Now and when called, if a part of the module is in training mode. When called: as
+                :meth:`outputs`, or if there are not as many outputs as samples.
         """
         _require_evaluation(module)
         size, forward = batch_size(batch), _Forward(module, self.outputs)
@@ -146,6 +146,7 @@ class InfluenceObjective:
             pass
 
         def function(params: Mapping[str, Tensor]) -> Tensor:
+            _require_evaluation(module)  # again: the module may have been put back since
             replaced = {f"module.{name}": value for name, value in params.items()}
             with _every_derivative(view.device):
                 outputs: Tensor = torch.func.functional_call(forward, replaced, (plain,))
