@@ -2,10 +2,7 @@
 
 from lightning_ext.data.digits import DigitsDataModule
 from lightning_ext.data.dsprites import DSpritesDataModule
-from lightning_ext.data.indexed import (
-    IndexedBatch,
-    IndexedDataset,
-)
+from lightning_ext.data.indexed import IndexedBatch, IndexedDataset
 from lightning_ext.data.mnist import MNISTDataModule
 from lightning_ext.data.resumable import EpochSampler, ResumableDataModule, ResumableLoader
 from lightning_ext.data.row_store import RowStore

@@ -13,11 +13,11 @@ class IndexedBatch(NamedTuple):
     """A batch, or a sample, and where it stands in its dataset.
 
     Args:
-        index: ``(B,)`` positions in the dataset, or one position.
+        indices: ``(B,)`` positions in the dataset, or one position.
         batch: what the dataset gives there.
     """
 
-    index: Tensor | int
+    indices: Tensor | int
     batch: Any
 
 
@@ -31,7 +31,7 @@ class IndexedDataset(Dataset[IndexedBatch]):
 
     >>> dataset = IndexedDataset([10.0, 20.0, 30.0])
     >>> next(iter(torch.utils.data.DataLoader(dataset, sampler=[2, 0], batch_size=2)))
-    IndexedBatch(index=tensor([2, 0]), batch=tensor([30., 10.], dtype=torch.float64))
+    IndexedBatch(indices=tensor([2, 0]), batch=tensor([30., 10.], dtype=torch.float64))
     """
 
     def __init__(self, dataset: Any) -> None:

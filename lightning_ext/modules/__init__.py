@@ -1,6 +1,8 @@
 """LightningModules to subclass or to run."""
 
 from lightning_ext.modules.classifier import Classifier
+from lightning_ext.modules.influence_pbrf import PBRFModule
+from lightning_ext.modules.influence_response import ResponseModule
 from lightning_ext.modules.mrvae import AtBeta, MultiRateMixin, MultiRateVAE
 from lightning_ext.modules.mrvae_base import BaseVAE, RateDistortion
 from lightning_ext.modules.mrvae_baselines import GECOVAE, BetaVAE, FreeBitsVAE, SigmaVAE
@@ -16,6 +18,8 @@ __all__ = [
     "FreeBitsVAE",
     "MultiRateMixin",
     "MultiRateVAE",
+    "PBRFModule",
     "RateDistortion",
+    "ResponseModule",
     "SigmaVAE",
 ]

@@ -3,7 +3,7 @@
 import torch
 
 from lightning_ext import callbacks, data, metrics, modules, nn
-from tests.conformance import components, curvature_batches, influence_batches, toys
+from tests.conformance import components, curvature_batches, influence_batches, influence_responses, toys
 from tests.conformance.entry import Entry
 
 NOT_COMPONENTS = {
@@ -182,6 +182,35 @@ _APO = [
     ),
 ]
 
+_RESPONSE = {
+    "dataset": components.pixels,
+    "networks": (),
+    "skip": {
+        "cli_recipe": "it starts from a trained network, which a recipe does not have",
+        "gradient_clipping": "each copy is clipped by its own norm; tests/modules/test_influence_response.py",
+        "compiled_inner_network": "compiled parts run uncompiled; tests/modules/test_influence_response.py has some",
+        "fsdp_shards": "it refuses sharded strategies by name; tests/modules/test_influence_response.py",
+    },
+}
+
+_RESPONSES = [
+    *(
+        Entry(
+            ["ResponseModule"],
+            "module",
+            lambda response=response, chosen=chosen: influence_responses.retrained(response, **chosen),
+            label=f"ResponseModule-{response}",
+            **_RESPONSE,
+        )
+        for response, chosen in (
+            ("cold", {"seed": [1, 2], "optimizer": "adam", "lr": 0.01, "schedule": "cosine"}),
+            ("warm", {}),
+            ("proximal", {"chunk_size": 1}),
+        )
+    ),
+    Entry(["PBRFModule"], "module", influence_responses.bregman, **_RESPONSE),
+]
+
 _DATA = [
     Entry(
         ["DigitsDataModule", "EpochSampler", "ResumableLoader"],
@@ -298,7 +327,7 @@ _NN = [
     ),
 ]
 
-REGISTRY = [*_METHOD, *_BASELINES, *_CALLBACKS, *_APO, *_DATA, *_METRICS, *_NN]
+REGISTRY = [*_METHOD, *_BASELINES, *_CALLBACKS, *_APO, *_RESPONSES, *_DATA, *_METRICS, *_NN]
 
 TOYS = [
     Entry(

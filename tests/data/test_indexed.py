@@ -19,7 +19,7 @@ def batches(dataset, **kwargs):
 def test_each_sample_keeps_its_position(dataset):
     found = batches(IndexedDataset(dataset), shuffle=True)
     assert all(isinstance(batch, IndexedBatch) for batch in found)
-    assert torch.cat([batch.index for batch in found]).sort().values.tolist() == list(range(10))
+    assert torch.cat([batch.indices for batch in found]).sort().values.tolist() == list(range(10))
     for index, (x, t) in found:
         assert torch.equal(x, X[index])
         assert torch.equal(t, T[index])
