@@ -6,7 +6,7 @@ import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
-from tqdm.auto import tqdm  # type: ignore[import-untyped]  # a dependency of Lightning
+from tqdm.auto import tqdm
 
 __all__ = ["download"]
 

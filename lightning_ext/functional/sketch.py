@@ -81,20 +81,40 @@ class Projection:
             add(rows[:, part], generator, out)
         return out
 
+    def transpose(self, rows: Tensor) -> Tensor:
+        """Multiply rows ``(R, k)`` by :math:`P`: ``(R, D)``, the way back, with the same entries."""
+        if rows.ndim != 2 or rows.shape[1] != self.dim:
+            raise ValueError(f"rows must have shape (R, {self.dim}), got {tuple(rows.shape)}.")
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        out = rows.new_empty(len(rows), self.size)
+        for part, generator in self._blocks(rows.device):
+            width = part.stop - part.start
+            if self.kind == "countsketch":
+                signs, bucket = self._places(width, generator, rows)
+                torch.mul(rows[:, bucket], signs, out=out[:, part])
+            else:
+                out[:, part] = rows @ self._matrix(width, generator, rows).mT * self.dim**-0.5
+        return out
+
     def _blocks(self, device: torch.device) -> Iterator[tuple[slice, torch.Generator]]:
         width = _SPARSE_BLOCK if self.kind == "countsketch" else max(1, _DENSE_BLOCK // self.dim)
         for block, start in enumerate(range(0, self.size, width)):
             part = slice(start, min(start + width, self.size))
             yield part, seeded_generator(self.seed, self.dim, block, device=device)
 
-    def _multiply(self, rows: Tensor, generator: torch.Generator, out: Tensor) -> None:
+    def _matrix(self, width: int, generator: torch.Generator, like: Tensor) -> Tensor:
         draw: Callable[..., Tensor] = _signs if self.kind == "rademacher" else _normal
-        matrix = draw(rows.shape[1] * self.dim, generator, rows)
-        out.addmm_(rows, matrix.view(-1, self.dim), alpha=self.dim**-0.5)
+        return draw(width * self.dim, generator, like).view(-1, self.dim)
+
+    def _places(self, width: int, generator: torch.Generator, like: Tensor) -> tuple[Tensor, Tensor]:
+        signs = _signs(width, generator, like)
+        return signs, torch.randint(self.dim, (width,), generator=generator, device=like.device)
+
+    def _multiply(self, rows: Tensor, generator: torch.Generator, out: Tensor) -> None:
+        out.addmm_(rows, self._matrix(rows.shape[1], generator, rows), alpha=self.dim**-0.5)
 
     def _hash(self, rows: Tensor, generator: torch.Generator, out: Tensor) -> None:
-        signs = _signs(rows.shape[1], generator, rows)
-        bucket = torch.randint(self.dim, (rows.shape[1],), generator=generator, device=rows.device)
+        signs, bucket = self._places(rows.shape[1], generator, rows)
         for row, sketch in zip(rows, out, strict=True):  # one after the other: faster than a scatter of matrices
             sketch.scatter_add_(0, bucket, row * signs)
 

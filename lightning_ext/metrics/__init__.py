@@ -8,6 +8,7 @@ from lightning_ext.metrics.influence_quality import (
     MislabelDetection,
     TopKOverlap,
 )
+from lightning_ext.metrics.influence_self import SelfInfluence
 from lightning_ext.metrics.mrvae import RateDistortionCurve
 from lightning_ext.metrics.mrvae_information import MutualInformationGap
 
@@ -20,5 +21,6 @@ __all__ = [
     "MislabelDetection",
     "MutualInformationGap",
     "RateDistortionCurve",
+    "SelfInfluence",
     "TopKOverlap",
 ]

@@ -1,6 +1,7 @@
 """LightningModules to subclass or to run."""
 
 from lightning_ext.modules.classifier import Classifier
+from lightning_ext.modules.influence import InfluenceModule
 from lightning_ext.modules.influence_pbrf import PBRFModule
 from lightning_ext.modules.influence_response import ResponseModule
 from lightning_ext.modules.mrvae import AtBeta, MultiRateMixin, MultiRateVAE
@@ -16,6 +17,7 @@ __all__ = [
     "BetaVAE",
     "Classifier",
     "FreeBitsVAE",
+    "InfluenceModule",
     "MultiRateMixin",
     "MultiRateVAE",
     "PBRFModule",

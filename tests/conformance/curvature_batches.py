@@ -39,3 +39,21 @@ def correction() -> metrics.EigenCorrection:
     data = [batch for _, batch in updates()]
     kfac = kronecker_curvature(NETWORK, OBJECTIVE, data, corrected=False)
     return metrics.EigenCorrection(NETWORK, OBJECTIVE, kfac)
+
+
+def numbered_updates() -> list[tuple[nn.Module, tuple[Tensor, Tensor], Tensor]]:
+    """The same with the positions of the samples."""
+    numbers = torch.randperm(13, generator=torch.Generator().manual_seed(5)).split([5, 2, 6])
+    return [(module, batch, index) for (module, batch), index in zip(updates(), numbers, strict=True)]
+
+
+def self_influence_reference(batches: Sequence[Any]) -> dict[str, Tensor]:
+    """Squared gradient norms, one backward pass per sample, over the damping of 0.5."""
+    found = {}
+    for module, (x, t), numbers in batches:
+        for i, number in enumerate(numbers.tolist()):
+            loss = 0.5 * (module(x[i : i + 1]) - t[i : i + 1]).square().sum()
+            gradients = torch.autograd.grad(loss, list(module.parameters()))
+            found[number] = sum(g.double().square().sum() for g in gradients) / 0.5
+    numbers = sorted(found)
+    return {"values": torch.stack([found[n] for n in numbers]), "indices": torch.tensor(numbers)}

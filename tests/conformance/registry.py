@@ -16,6 +16,7 @@ NOT_COMPONENTS = {
     "DSpritesDataModule": "its file cannot be shipped; tests/data/test_dsprites.py trains on one that it writes",
     "IndexedDataset": "wraps a dataset; tests/data/test_indexed.py iterates loaders over it",
     "IndexedBatch": "a named tuple that a loader over IndexedDataset gives",
+    "InfluenceModule": "it predicts and is not trained; tests/modules/test_influence*.py run it through the Trainer",
     "RowStore": "a file format; tests/data/test_row_store.py kills a writer and reopens its table",
     "RateConditioner": "abstract: RateGate, RateFiLM, LogVarianceGate, PosteriorGate and GatedFiLM are it",
 }
@@ -293,6 +294,13 @@ _METRICS = [
         lambda: metrics.KroneckerFactors(curvature_batches.NETWORK, curvature_batches.OBJECTIVE),
         batches=curvature_batches.updates,
         reference=curvature_batches.factors_reference,
+    ),
+    Entry(
+        ["SelfInfluence"],
+        "metric",
+        lambda: metrics.SelfInfluence(damping=0.5, objective=curvature_batches.OBJECTIVE),
+        batches=curvature_batches.numbered_updates,
+        reference=curvature_batches.self_influence_reference,
     ),
     Entry(["EigenCorrection"], "metric", curvature_batches.correction, batches=curvature_batches.updates),
 ]

@@ -98,3 +98,13 @@ def test_errors():
         Projection(4, 3, "fft")
     with pytest.raises(ValueError, match=re.escape("rows must have shape (R, 4), got (2, 5)")):
         Projection(4, 3)(torch.ones(2, 5))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.usefixtures("small_blocks")
+def test_the_way_back_has_the_same_entries(kind):
+    project = Projection(12, 8, kind, seed=3)
+    P = project(torch.eye(12, dtype=torch.float64))
+    torch.testing.assert_close(project.transpose(torch.eye(8, dtype=torch.float64)), P.mT)
+    with pytest.raises(ValueError, match=r"rows must have shape \(R, 8\), got \(1, 12\)"):
+        project.transpose(torch.ones(1, 12))

@@ -1,0 +1,298 @@
+"""Everything about a trained module and a data set that influence needs, on one rank or on several together."""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from lightning_ext.functional import (
+    GGNOperator,
+    InfluenceObjective,
+    ParameterView,
+    SampleGradients,
+    SolveInfo,
+    batch_size,
+    evaluating,
+    influence_scores,
+    leave_out_step,
+    map_tensors,
+    relative_influence,
+    self_influence,
+)
+from lightning_ext.modules._influence_data import Shard, digest
+from lightning_ext.modules._influence_inverse import (
+    BLOCK_BYTES,
+    BLOCKS,
+    INVERSES,
+    OPERATORS,
+    Inverse,
+    Problem,
+    build_inverse,
+    chosen_solver,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What a user chose."""
+
+    solver: str
+    curvature: Literal["ggn", "hessian", "empirical_fisher"]
+    damping: float | Literal["auto"]
+    weight_decay: float
+    rank: int
+    tol: float
+    max_iterations: int
+    normalize: Literal["parameter", "loss"] | None
+    rescale: bool
+    seed: int
+    cache_bytes: int
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if self.damping != "auto" and not (isinstance(self.damping, int | float) and 0 <= self.damping < math.inf):
+            raise ValueError(f"damping must be at least 0, or 'auto'; got {self.damping!r}.")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay must be at least 0; got {self.weight_decay!r}.")
+        if self.rank < 1 or self.max_iterations < 1:
+            raise ValueError(f"rank and max_iterations must be at least 1; got {self.rank} and {self.max_iterations}.")
+        if not 0 < self.tol < 1:
+            raise ValueError(f"tol is a relative residual between 0 and 1; got {self.tol!r}.")
+        if self.normalize not in (None, "parameter", "loss"):
+            raise ValueError(f"normalize must be None, 'parameter' or 'loss'; got {self.normalize!r}.")
+        if self.curvature not in OPERATORS:
+            raise ValueError(f"curvature must be one of {', '.join(map(repr, OPERATORS))}; got {self.curvature!r}.")
+        if self.solver != "auto" and self.solver not in INVERSES:
+            raise ValueError(f"solver must be 'auto' or one of {', '.join(map(repr, INVERSES))}; got {self.solver!r}.")
+        if self.rescale and self.curvature != "ggn":
+            raise ValueError(f"rescale takes a sample's Gauss-Newton matrix away; curvature is {self.curvature!r}.")
+
+
+class Engine:
+    """Solves and scores for one state of a module and one data set.
+
+    Args:
+        base: the module.
+        objective: what is asked of it.
+        view: its chosen parameters.
+        shard: this rank's part of the data.
+        options: what the user chose.
+        rank: this process.
+        world: number of processes that work together; they call every method together.
+    """
+
+    def __init__(
+        self, base: nn.Module, objective: InfluenceObjective, view: ParameterView, shard: Shard, options: Options,
+        rank: int = 0, world: int = 1,
+    ) -> None:  # fmt: skip
+        self.base, self.objective, self.view, self.shard, self.options = base, objective, view, shard, options
+        self.rank, self.world, self.num_samples = rank, world, shard.num_samples
+        self.losses = SampleGradients(base, objective, view)
+        self.measurements = SampleGradients(base, objective, view, quantity="measurement")
+        self.report: dict[str, Any] = {}
+        self.solved_for: str | None = None  # digest of the queries that were solved last
+        self._inverse: Inverse | None = None
+
+    @property
+    def solves_batches(self) -> bool:
+        """Whether pairwise scores need a solve for every sample."""
+        return self.options.rescale or self.options.normalize is not None
+
+    def most(self, number: int) -> int:
+        """The largest of the ranks' numbers."""
+        return int(self._gather(torch.tensor([number], device=self.view.device)).max()) if self.world > 1 else number
+
+    def identity(self) -> dict[str, Any]:
+        """Plain values that differ when scores would."""
+        tensors: list[Tensor] = []
+        map_tensors(tensors.append, next(iter(self.shard), ()))
+        return {
+            **dataclasses.asdict(self.options),
+            "num_samples": self.num_samples,
+            "parameters": digest(*self.view.values().values()),
+            "data": digest(*tensors),
+        }
+
+    # -- solving -----------------------------------------------------------------------------------------------------
+
+    @property
+    def inverse(self) -> Inverse:
+        """The inverse curvature, built when it is first asked for."""
+        if self._inverse is None:
+            with evaluating(self.base):
+                self._inverse = self._build()
+        return self._inverse
+
+    @property
+    def together(self) -> bool:
+        """Whether every solve needs all ranks at once."""
+        return self.world > 1 and self.inverse.collective
+
+    def _build(self) -> Inverse:
+        o = self.options
+        reduce = self._sum if self.world > 1 else None
+        kind = OPERATORS[o.curvature]
+        operator = kind(
+            self.base, self.objective, self.shard, self.view, num_samples=self.num_samples, reduce=reduce,
+            cache_bytes=o.cache_bytes,
+        )  # fmt: skip
+        bar = tqdm(desc="curvature", unit=" products", leave=False, delay=2, disable=None if self.rank == 0 else True)
+
+        def product(rows: Tensor) -> Tensor:
+            bar.update(len(rows))
+            return operator(rows)
+
+        outputs, damping = self._outputs(), self._damping(operator)
+        problem = Problem(
+            module=self.base, objective=self.objective, view=self.view, shard=self.shard,
+            curvature=o.curvature, operator=operator, product=product,
+            outputs=outputs, damping=damping, rank=o.rank, tol=o.tol, max_iterations=o.max_iterations, seed=o.seed,
+            reduce=reduce, rank_of_process=self.rank, world=self.world,
+        )  # fmt: skip
+        method = chosen_solver(o.solver, problem)
+        if damping == 0 and not INVERSES[method].data_free and self.view.numel > self.num_samples * outputs:
+            raise ValueError(
+                f"damping and weight_decay are 0, and with {self.view.numel} parameters the curvature of "
+                f"{self.num_samples} samples is singular. Give a positive damping."
+            )
+        inverse = build_inverse(method, problem)
+        self.report |= {
+            "solver": method, "curvature": o.curvature, "damping": damping, "samples": self.num_samples,
+            "parameters": self.view.numel, **inverse.facts,
+        }  # fmt: skip
+        return inverse
+
+    def _outputs(self) -> int:
+        with torch.no_grad():
+            outputs = self.objective.outputs(self.base, self.shard.get([0]))
+        return int(outputs[0].numel())
+
+    def _damping(self, operator: Any) -> float:
+        chosen = self.options.damping
+        if chosen == "auto":
+            if self.options.curvature == "hessian":
+                raise ValueError("damping='auto' is a tenth of the mean eigenvalue, which a Hessian may have below 0.")
+            traces = operator.per_sample_traces().sum()
+            chosen = 0.1 * float(self._sum(traces)) / self.num_samples / self.view.numel
+        return float(chosen) + self.options.weight_decay
+
+    def solve(self, rows: Tensor) -> Tensor:
+        """The inverse curvature times this rank's rows."""
+        if self.together:
+            return self._solve_together(rows)
+        return self.solve_replicated(rows)
+
+    def solve_replicated(self, rows: Tensor) -> Tensor:
+        """The inverse curvature times rows that are the same on every rank, in parts that fit the memory."""
+        most = max(1, BLOCK_BYTES // (BLOCKS * rows.shape[1] * rows.element_size()))
+        parts = []
+        with evaluating(self.base):
+            for part in torch.split(rows, most):
+                solved, info = self.inverse.solve(part)
+                parts.append(solved)
+                self._note(info)
+        return torch.cat(parts) if parts else rows
+
+    def _note(self, info: SolveInfo | None) -> None:
+        if info is None:
+            return
+        worst = float(info.residual.max()) if info.residual.numel() else 0.0
+        self.report["iterations"] = max(int(self.report.get("iterations", 0)), info.iterations)
+        self.report["residual"] = max(float(self.report.get("residual", 0.0)), worst)
+        self.report["converged"] = bool(self.report.get("converged", True)) and info.converged
+
+    def _solve_together(self, rows: Tensor) -> Tensor:
+        """All ranks' rows at once: a product with the curvature sums over ranks, so they must take the same steps."""
+        counts = self._gather(torch.tensor([len(rows)], device=rows.device)).flatten().tolist()
+        most = max(counts)
+        if most == 0:
+            return rows
+        padded = rows.new_zeros(most, rows.shape[1])
+        padded[: len(rows)] = rows
+        everyone = self._gather(padded)
+        solved = self.solve_replicated(torch.cat([part[:count] for part, count in zip(everyone, counts, strict=True)]))
+        start = sum(counts[: self.rank])
+        return solved[start : start + len(rows)]
+
+    def _sum(self, tensor: Tensor) -> Tensor:
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def _gather(self, tensor: Tensor) -> Tensor:
+        parts = [torch.empty_like(tensor) for _ in range(self.world)]
+        dist.all_gather(parts, tensor.contiguous())
+        return torch.stack(parts)
+
+    # -- scoring -----------------------------------------------------------------------------------------------------
+
+    def query_gradients(self, batches: Iterable[Any]) -> Tensor:
+        """Gradients ``(Q, D)`` of the measurements."""
+        gradients = torch.cat([self.measurements.explicit(batch) for batch in batches])
+        saturated = (gradients == 0).all(1).nonzero().flatten().tolist()
+        if saturated:
+            rank_zero_warn(
+                f"The measurement has no gradient at queries {saturated[:20]}: their scores are 0 for every sample."
+            )
+        return gradients
+
+    def pairwise(self, batch: Any, queries: Tensor, solved: Tensor) -> Tensor:
+        """Removal effects ``(Q, B)`` of a batch, from the measurements' gradients and these solved."""
+        o = self.options
+        if not o.rescale and o.normalize is None:
+            return self.losses.project(batch, solved) / self.num_samples
+        gradients, moves = self._moves(batch)
+        scores = influence_scores(queries, moves, self.num_samples)
+        if o.normalize is None:
+            return scores
+        return relative_influence(
+            scores,
+            moves.norm(dim=1) if o.normalize == "parameter" else self_influence(gradients, moves).clamp(0).sqrt(),
+        )
+
+    def own(self, batch: Any) -> Tensor:
+        """Self-influence ``(B,)`` of a batch."""
+        return self_influence(*self._moves(batch))
+
+    def join(self) -> None:
+        """Take part in a round of solves without rows of one's own."""
+        if self.together:
+            self._solve_together(torch.zeros(0, self.view.numel, dtype=self.view.dtype, device=self.view.device))
+
+    def _moves(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Gradients of a batch, and N times how the parameters change when a sample leaves, ``(B, D)`` both."""
+        gradients = self.losses.explicit(batch)
+        if not self.options.rescale:
+            return gradients, self.solve(gradients)
+        factors = self.factors(batch)  # (B, K, D)
+        solved = self.solve(torch.cat([gradients, factors.flatten(0, 1)]))
+        solved_factors = solved[len(gradients) :].view_as(factors)
+        moves = [leave_out_step(solved[b], factors[b], solved_factors[b], 1) for b in range(len(gradients))]
+        return gradients, torch.stack(moves)
+
+    def factors(self, batch: Any) -> Tensor:
+        r"""The rows :math:`H^{1/2} J / \sqrt N` of each sample, ``(B, K, D)``."""
+        size = batch_size(batch)
+        rows = GGNOperator(self.base, self.objective, [batch], self.view, num_samples=size).square_root_rows()
+        return rows.view(-1, size, self.view.numel).transpose(0, 1) * math.sqrt(size / self.num_samples)
+
+    def leave_out(self, groups: Sequence[Sequence[int]], queries: Tensor, rescale: bool) -> Tensor:
+        """Effects ``(Q, len(groups))`` of removing groups of samples."""
+        columns = []
+        for group in groups:
+            batch = self.shard.get(group)
+            gradient = self.losses.explicit(batch).sum(0, keepdim=True)
+            if rescale:
+                factor = self.factors(batch).flatten(0, 1)
+                solved = self.solve_replicated(torch.cat([gradient, factor]))
+                step = leave_out_step(solved[0], factor, solved[1:], self.num_samples)
+            else:
+                step = self.solve_replicated(gradient)[0] / self.num_samples
+            columns.append(queries @ step)
+        return torch.stack(columns, dim=1) if columns else queries.new_zeros(len(queries), 0)

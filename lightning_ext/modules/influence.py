@@ -1,0 +1,317 @@
+"""Influence of training samples as a LightningModule: ``trainer.predict`` gives the scores."""
+
+import copy
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_ext._lightning import LightningModule, MisconfigurationException, refuse_sharded
+from lightning_ext.data import RowStore
+from lightning_ext.functional import InfluenceObjective, ParameterView, batch_size, differentiable
+from lightning_ext.modules._influence_data import Shard, digest, plain
+from lightning_ext.modules._influence_engine import Engine, Options
+
+__all__ = ["InfluenceModule"]
+
+Solver = Literal[
+    "auto", "direct", "dual", "nystrom_cg", "cg", "normal_cg", "nystrom", "lanczos", "neumann", "lissa", "ekfac",
+    "kfac", "trak", "identity",
+]  # fmt: skip
+
+
+class InfluenceModule(LightningModule):
+    r"""Scores every training sample's influence on measurements at query samples, through ``trainer.predict``.
+
+    .. math:: \tau(m, z) = \tfrac1N\, \nabla m^\top (G + \lambda I)^{-1} \nabla L(z), \qquad
+        G = \tfrac1N \sum_{i=1}^{N} J_i^\top H_i J_i,
+
+    the change of measurement m when z is removed, to first order in the proximal Bregman objective (what damped
+    influence estimates in a network; Bae et al. 2022). **Positive: removing z raises m; for a loss, z is helpful.**
+    G is the Gauss-Newton matrix over the loader's whole data set; it is read in order, whatever the loader's order.
+
+    ``trainer.predict(influence, train_loader)`` first solves for the queries, then gives for each batch a dict:
+    ``"scores"``, ``(Q, B)`` in the measurement's units (``(1, B)`` with ``mode="self"``), and ``"indices"``, ``(B,)``,
+    the samples' positions in the data set. :meth:`InfluenceScores.gather
+    <lightning_ext.metrics.InfluenceScores.gather>` makes a matrix of them. Without a Trainer: :meth:`scores`,
+    :meth:`self_influence`, :meth:`leave_out`.
+
+    Args:
+        base: the trained model, used in eval mode and left as it is.
+        objective: loss, outputs, targets and measurement; default cross-entropy of ``base(batch[0])`` against
+            ``batch[1]``, measured by the same loss.
+        queries: loader or list of batches at which the measurement is taken. Not needed for ``mode="self"`` and
+            ``"gradients"``.
+        mode: ``"pairwise"``; ``"self"`` for :math:`s(z) = \nabla L(z)^\top K^{-1} \nabla L(z)` without 1/N;
+            ``"gradients"`` to write the samples' gradients to ``output_dir``, for queries to come.
+        solver: exact to ``tol``: ``"direct"``, ``"dual"``, ``"nystrom_cg"`` (conjugate gradients behind a Nystrom
+            sketch), ``"cg"``, ``"normal_cg"``. Approximate: ``"ekfac"``, ``"kfac"``, ``"nystrom"`` and ``"lanczos"``
+            (low rank), ``"neumann"``, ``"lissa"`` (stochastic), ``"trak"`` (random projection), ``"identity"`` (inner
+            products of gradients). ``"auto"``: direct or dual where a matrix of 3,000 or 4,000 rows does, else
+            Nystrom-CG while its blocks fit 2 GiB, else EK-FAC.
+        curvature: ``"ggn"``; ``"hessian"`` (indefinite in most networks: then ``"normal_cg"``) or
+            ``"empirical_fisher"``, for comparison.
+        damping: :math:`\lambda \ge 0`, on the scale of the mean loss; ``"auto"`` for a tenth of G's mean eigenvalue.
+        weight_decay: L2 coefficient of the training objective, added to the damping.
+        rank: of a sketch, and dimension of TRAK's projection.
+        tol: relative residual at which iterations stop.
+        max_iterations: of an iterative solver; terms of ``"neumann"`` and ``"lissa"``.
+        normalize: None; ``"parameter"`` divides by :math:`\lVert K^{-1} \nabla L(z) \rVert`, ``"loss"`` by
+            :math:`\sqrt{s(z)}` (RelatIF). Solves for every sample.
+        rescale: let z leave the curvature too, the :math:`1/(1 - h)` of exact leave-one-out. Solves for every sample
+            and output.
+        include: regular expression; only parameters whose name it finds.
+        output_dir: folder for a :class:`~lightning_ext.data.RowStore` with one row per sample. Results stream there; a
+            run that was cut off goes on where it stopped.
+        double: compute in float64, on a copy.
+        seed: of sketches, projections and drawn batches.
+        cache_bytes: memory for linearised batches; what does not fit is linearised again in every pass.
+
+    Raises:
+        ValueError: An argument out of range; a damping of 0 with a singular curvature; gradients that are not finite,
+            with the samples' indices.
+        MisconfigurationException: FSDP, DeepSpeed and other sharding strategies; a loader without indices; half
+            precision weights.
+
+    Source: Koh and Liang 2017; Bae, Ng, Lo, Ghassemi, Grosse 2022 (arXiv:2209.05364); RelatIF, Barshan et al. 2020.
+
+    Note:
+        Cost of ``"nystrom_cg"``: about ``rank`` + (iterations + 2) Q Gauss-Newton products, each one forward and one
+        backward pass over the data; then one backward pass and B Q D multiply-adds per batch. Memory: some seven blocks
+        of Q x D. Data, products and scores are sharded over ranks, products are summed over them; solutions are on
+        every rank. What an answer is worth stands in ``report`` after the run: solver, residual, damping.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        objective: InfluenceObjective | None = None,
+        queries: Iterable[Any] | None = None,
+        mode: Literal["pairwise", "self", "gradients"] = "pairwise",
+        solver: Solver = "auto",
+        curvature: Literal["ggn", "hessian", "empirical_fisher"] = "ggn",
+        damping: float | Literal["auto"] = 1e-2,
+        weight_decay: float = 0.0,
+        rank: int = 100,
+        tol: float = 1e-2,
+        max_iterations: int = 200,
+        normalize: Literal["parameter", "loss"] | None = None,
+        rescale: bool = False,
+        include: str | None = None,
+        output_dir: str | Path | None = None,
+        double: bool = False,
+        seed: int = 0,
+        cache_bytes: int = 2**30,
+    ) -> None:
+        super().__init__()
+        if mode == "gradients" and output_dir is None:
+            raise ValueError("mode='gradients' writes one row per sample; say where with output_dir.")
+        if mode not in ("pairwise", "self", "gradients"):
+            raise ValueError(f"mode must be 'pairwise', 'self' or 'gradients'; got {mode!r}.")
+        self.base = copy.deepcopy(base).double() if double else base
+        self.objective = objective or InfluenceObjective()
+        self.queries = queries
+        self.mode = mode
+        self.include = include
+        self.output_dir = None if output_dir is None else Path(output_dir)
+        self.options = Options(
+            solver, curvature, damping, weight_decay, rank, tol, max_iterations, normalize, rescale, seed, cache_bytes
+        )
+        self.store: RowStore | None = None
+        self.solved: Tensor | None = None
+        self._query_gradients: Tensor | None = None
+        self._engine: Engine | None = None
+        self._key: Any = None
+        self._round = self._rounds = 0
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """What the last run found: solver, damping, worst residual, iterations, whether it converged, and so on."""
+        return {} if self._engine is None else dict(self._engine.report)
+
+    # -- with a Trainer ----------------------------------------------------------------------------------------------
+
+    def on_predict_start(self) -> None:
+        """Look at the data, and solve for the queries."""
+        trainer = self.trainer
+        refuse_sharded(trainer, type(self).__name__, "takes whole parameters apart")
+        loader: Any = trainer.predict_dataloaders
+        if isinstance(loader, list):
+            if len(loader) != 1:
+                raise MisconfigurationException(f"Pass one loader to trainer.predict; got {len(loader)}.")
+            loader = loader[0]
+        with differentiable(None):
+            engine = self._engine_for(loader, trainer.global_rank, trainer.world_size)
+            if self.mode == "pairwise":
+                self._solve_queries(engine)
+            else:
+                self._query_gradients = self.solved = None
+            self._open_store(engine, trainer.is_global_zero)
+            self._round, self._rounds = 0, engine.most(int(trainer.num_predict_batches[0]))
+        told = {f"influence/{name}": value for name, value in self.report.items() if isinstance(value, float)}
+        for logger in trainer.loggers:
+            logger.log_metrics(told)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        """Score a batch; see the class for what comes back."""
+        indices = self._positions(batch_idx, batch)
+        self._round += 1
+        with differentiable(None):
+            batch = plain(batch, self.view.device, self.view.dtype)
+            return self._result(batch, indices)
+
+    def on_predict_epoch_end(self) -> None:
+        """Take part in what ranks with a batch more still solve."""
+        while self._solves_batches and self._round < self._rounds:
+            self._round += 1
+            with differentiable(None):
+                self._prepared.join()
+
+    @property
+    def _solves_batches(self) -> bool:
+        return self.mode == "self" or (self.mode == "pairwise" and self._prepared.solves_batches)
+
+    @property
+    def _prepared(self) -> Engine:
+        if self._engine is None:
+            raise RuntimeError("Run trainer.predict, scores or self_influence first.")
+        return self._engine
+
+    @property
+    def view(self) -> ParameterView:
+        """The chosen parameters of the base."""
+        return self._prepared.view
+
+    def _result(self, batch: Any, indices: Tensor) -> dict[str, Tensor]:
+        store, engine = self.store, self._prepared
+        if store is not None and bool(store.done[indices].all()):
+            if self._solves_batches:
+                engine.join()
+        else:
+            rows = self._rows(engine, batch, indices)
+            if store is None:
+                return {"scores": rows.mT, "indices": indices}
+            store.write(indices, rows)
+        return (
+            {"indices": indices} if self.mode == "gradients" else {"scores": store.read(indices).mT, "indices": indices}
+        )
+
+    def _rows(self, engine: Engine, batch: Any, indices: Tensor) -> Tensor:
+        """One row per sample of the batch."""
+        try:
+            if self.mode == "gradients":
+                return engine.losses.explicit(batch)
+            if self.mode == "self":
+                return engine.own(batch)[:, None]
+            assert self._query_gradients is not None
+            assert self.solved is not None
+            return engine.pairwise(batch, self._query_gradients, self.solved).mT
+        except ValueError as error:
+            raise ValueError(f"{error} The batch holds samples {indices.tolist()[:20]} of the data set.") from error
+
+    def _positions(self, batch_idx: int, batch: Any) -> Tensor:
+        loader: Any = self.trainer.predict_dataloaders
+        loader = loader[0] if isinstance(loader, list) else loader
+        seen = getattr(getattr(loader, "batch_sampler", None), "seen_batch_indices", None)
+        if seen is None or len(seen[batch_idx]) != batch_size(batch):
+            raise MisconfigurationException(
+                "The loader does not tell which samples are in a batch. Pass trainer.predict a plain DataLoader."
+            )
+        return torch.tensor(seen[batch_idx])
+
+    def _open_store(self, engine: Engine, first: bool) -> None:
+        if self.output_dir is None:
+            return
+        pairwise = 1 if self.solved is None else len(self.solved)
+        dim = {"pairwise": pairwise, "self": 1, "gradients": engine.view.numel}[self.mode]
+        arguments: dict[str, Any] = {
+            "num_samples": engine.num_samples, "dim": dim, "dtype": str(engine.view.dtype).removeprefix("torch."),
+            "fingerprint": self._fingerprint(engine),
+        }  # fmt: skip
+        if first:
+            self.store = RowStore(self.output_dir, **arguments)
+        self.trainer.strategy.barrier("influence store")
+        if not first:
+            self.store = RowStore(self.output_dir, **arguments)
+
+    def _fingerprint(self, engine: Engine) -> dict[str, Any]:
+        found = {"mode": self.mode, **engine.identity()}
+        if self._query_gradients is not None:
+            found["queries"] = digest(self._query_gradients)
+        return found
+
+    # -- without a Trainer -------------------------------------------------------------------------------------------
+
+    def scores(self, loader: Any) -> Tensor:
+        """Removal effects of every sample, without a Trainer.
+
+        Args:
+            loader: DataLoader over the training set; read in the data set's own order.
+
+        Returns:
+            ``(Q, N)``, on the base's device.
+        """
+        with differentiable(None):
+            engine = self._engine_for(loader)
+            queries, solved = self._solve_queries(engine)
+            return torch.cat([engine.pairwise(batch, queries, solved) for batch in engine.shard], dim=1)
+
+    def self_influence(self, loader: Any) -> Tensor:
+        r"""How much each sample's own loss depends on its being there, :math:`s(z) \ge 0`, without a Trainer.
+
+        Large for samples that the rest of the data contradicts: rank by it to find wrong labels.
+
+        Args:
+            loader: DataLoader over the training set.
+
+        Returns:
+            ``(N,)`` in the order of the data set.
+        """
+        with differentiable(None):
+            engine = self._engine_for(loader)
+            return torch.cat([engine.own(batch) for batch in engine.shard])
+
+    def leave_out(self, groups: Sequence[Sequence[int]], loader: Any, rescale: bool = True) -> Tensor:
+        """Effects of removing whole groups of samples on the queries' measurement.
+
+        Args:
+            groups: positions of each group's samples in the data set.
+            loader: DataLoader over the training set.
+            rescale: let the group leave the curvature too (exact for a quadratic objective); False sums the members'
+                first-order scores.
+
+        Returns:
+            ``(Q, len(groups))`` in the measurement's units.
+        """
+        with differentiable(None):
+            engine = self._engine_for(loader)
+            return engine.leave_out(groups, self._gradients_of_queries(engine), rescale)
+
+    def _engine_for(self, loader: Any, rank: int = 0, world: int = 1) -> Engine:
+        """The engine for a data set; the one that is there when neither data nor parameters changed."""
+        view = ParameterView(self.base, self.include)
+        if view.dtype in (torch.float16, torch.bfloat16):
+            raise MisconfigurationException(
+                f"Curvature needs float32 or float64 parameters; they are {view.dtype}. Use precision='32-true' or "
+                "'bf16-mixed' in the Trainer that predicts."
+            )
+        shard = Shard(loader, lambda batch: plain(batch, view.device, view.dtype), rank, world)
+        key = (id(shard.dataset), shard.batch_size, rank, world, view.device, digest(*view.values().values()))
+        if self._engine is None or key != self._key:
+            self._engine, self._key = Engine(self.base, self.objective, view, shard, self.options, rank, world), key
+        return self._engine
+
+    def _gradients_of_queries(self, engine: Engine) -> Tensor:
+        if self.queries is None:
+            raise ValueError("queries is None: give InfluenceModule the batches at which the measurement is taken.")
+        return engine.query_gradients(plain(batch, engine.view.device, engine.view.dtype) for batch in self.queries)
+
+    def _solve_queries(self, engine: Engine) -> tuple[Tensor, Tensor]:
+        queries = self._gradients_of_queries(engine)
+        if self._query_gradients is None or self.solved is None or engine.solved_for != digest(queries):
+            self.solved = engine.solve_replicated(queries)
+            self._query_gradients = queries
+            engine.solved_for = digest(queries)
+        return queries, self.solved
