@@ -183,8 +183,9 @@ class KroneckerCurvature:
         if rows.ndim != 2 or rows.shape[1] != self.size:
             raise ValueError(f"rows must have shape (R, {self.size}), got {tuple(rows.shape)}.")
         out = torch.empty_like(rows)
-        for block in self.blocks:
-            block.scaled(rows, scale(block.eigenvalues, block.factors).to(rows.dtype), out)
+        with torch.autocast(rows.device.type, enabled=False):
+            for block in self.blocks:
+                block.scaled(rows, scale(block.eigenvalues, block.factors).to(rows.dtype), out)
         for part, values in zip(self.places, self.diagonal, strict=True):
             out[:, part] = rows[:, part] * scale(values, None).to(rows.dtype)
         return out

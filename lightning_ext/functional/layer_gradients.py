@@ -5,8 +5,10 @@ inputs :math:`a` and output gradients :math:`g` are :math:`T (M + P)` numbers, t
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec
 
 import torch
 from torch import Tensor
@@ -290,6 +292,21 @@ class EmbeddingRows(GradientBlock):
         return (table.index_add_(0, cells % self.num_embeddings, rows.square()).flatten(),)
 
 
+P = ParamSpec("P")
+Method = Callable[Concatenate[Any, P], Tensor]
+
+
+def _full_precision(method: Method[P]) -> Method[P]:
+    """Keep the matrix products out of the autocasting that a training loop may have on."""
+
+    @wraps(method)
+    def plain(self: Any, *args: P.args, **kwargs: P.kwargs) -> Tensor:
+        with torch.autocast(self.blocks[0].sample().device.type, enabled=False):
+            return method(self, *args, **kwargs)
+
+    return plain
+
+
 class LayerGradients:
     r"""Gradients :math:`g_b \in \mathbb{R}^D` of ``B`` samples, one block per layer.
 
@@ -327,6 +344,7 @@ class LayerGradients:
         """The chosen samples."""
         return LayerGradients([block[index] for block in self.blocks], self.size)
 
+    @_full_precision
     def explicit(self) -> Tensor:
         """The gradients ``(B, D)``, in nats per unit of each parameter for a loss in nats."""
         out = self.blocks[0].sample().new_empty(len(self), self.size)
@@ -335,6 +353,7 @@ class LayerGradients:
                 out[:, part] = rows
         return out
 
+    @_full_precision
     def project(self, rows: Tensor) -> Tensor:
         """Inner products ``(Q, B)`` of ``rows`` ``(Q, D)`` with every sample's gradient."""
         if rows.ndim != 2 or rows.shape[1] != self.size:
@@ -345,6 +364,7 @@ class LayerGradients:
             out += block.project([rows[:, part] for part in block.slices])
         return out
 
+    @_full_precision
     def combine(self, weights: Tensor) -> Tensor:
         """Weighted sums of the gradients, ``(R, D)``, for weights ``(R, B)``: a group's gradient, for instance."""
         if weights.ndim != 2 or weights.shape[1] != len(self):
@@ -356,6 +376,7 @@ class LayerGradients:
                 out[:, part] = total
         return out
 
+    @_full_precision
     def dot(self, other: "LayerGradients") -> Tensor:
         """Inner products ``(B, B')`` of these gradients with those of another batch."""
         layout = [[block.slices for block in gradients.blocks] for gradients in (self, other)]
@@ -363,6 +384,7 @@ class LayerGradients:
             raise ValueError("other must hold gradients of the same parameters, recorded in the same way.")
         return torch.stack([mine.dot(theirs) for mine, theirs in zip(self.blocks, other.blocks, strict=True)]).sum(0)
 
+    @_full_precision
     def norms(self) -> Tensor:
         """Lengths ``(B,)`` of the gradients."""
         return torch.stack([block.squared_norms() for block in self.blocks]).sum(0).clamp(min=0).sqrt()

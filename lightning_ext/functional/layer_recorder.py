@@ -169,7 +169,7 @@ class LayerRecorder:
 
     def __enter__(self) -> "LayerRecorder":
         """Forget what was recorded and listen."""
-        self._calls.clear()
+        self.forget()
         for layer in self.layers:
             hook = self._hook(layer.name)
             self._handles.append(layer.layer.register_forward_hook(hook, with_kwargs=True, always_call=False))
@@ -183,10 +183,14 @@ class LayerRecorder:
             handle.remove()
         self._handles.clear()
 
+    def forget(self) -> None:
+        """Let go of the recorded inputs and of the graph behind the outputs."""
+        self._calls.clear()
+
     def _hook(self, name: str) -> Any:
         def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
             if not self._deaf and output.requires_grad:
-                inputs = args[0] if args else kwargs["input"]
+                inputs = args[0] if args else next(iter(kwargs.values()))
                 # An in-place activation that follows leaves the edge where it is, but would rewrite that of a view.
                 output = output.clone() if output._is_view() else output
                 self._calls[name].append(_Call(inputs.detach(), get_gradient_edge(output), output.shape))
@@ -270,6 +274,8 @@ class LayerRecorder:
             For each of ``recorded`` a tensor ``(G, B, T, P)`` or ``(S, G, B, T, P)``.
         """
         edges = [call.edge for layer in self.recorded for call in self._calls[layer.name]]
+        if not edges:
+            return []
 
         def pull(cotangent: Tensor, batched: bool = False) -> tuple[Tensor | None, ...]:
             return torch.autograd.grad(

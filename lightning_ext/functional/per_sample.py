@@ -141,11 +141,15 @@ class SampleGradients:
 
         Yields:
             The batch as autograd can use it, and the outputs; None for these where the layers do not explain the
-            gradients, see ``fallback``.
+            gradients, see ``fallback``. What was recorded is forgotten at the end.
         """
         device = self.view.device.type
-        with evaluating(self.module), differentiable(batch) as batch, torch.autocast(device, enabled=False):
-            yield batch, None if self.fallback else self._outputs(batch)
+        plain = torch.autocast(device, enabled=False), _eager(self.view)
+        with evaluating(self.module), differentiable(batch) as batch, plain[0], plain[1]:
+            try:
+                yield batch, None if self.fallback else self._outputs(batch)
+            finally:
+                self.recorder.forget()
 
     def _outputs(self, batch: Any) -> Tensor | None:
         with self.recorder:
@@ -249,6 +253,12 @@ def _compare(names: list[str], ours: list[Tensor], truth: list[Tensor]) -> None:
     for name, mine, g in zip(names, ours, truth, strict=True):
         if (mine - g).norm() > tolerance * (g.norm() + 0.01 * largest):
             raise _UnexplainedError(f"the layer of {name!r} does not explain the gradient of a sample run alone")
+
+
+def _eager(view: ParameterView) -> contextlib.AbstractContextManager[Any]:
+    """Compiled networks run without their compiled code, in which hooks are not called."""
+    compiled = any("_orig_mod." in name for name in view.names)
+    return torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
 
 
 def _refuse_non_finite(gradients: LayerGradients) -> None:

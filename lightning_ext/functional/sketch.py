@@ -77,8 +77,9 @@ class Projection:
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         out = rows.new_zeros(len(rows), self.dim)
         add = self._hash if self.kind == "countsketch" else self._multiply
-        for part, generator in self._blocks(rows.device):
-            add(rows[:, part], generator, out)
+        with torch.autocast(rows.device.type, enabled=False):
+            for part, generator in self._blocks(rows.device):
+                add(rows[:, part], generator, out)
         return out
 
     def transpose(self, rows: Tensor) -> Tensor:

@@ -243,7 +243,9 @@ class TestOptions:
         small.view = ParameterView(small.module)
         narrow = small.fit()
         assert narrow.eigenvalues().dtype == torch.float32
-        torch.testing.assert_close(narrow.solve(rows.float(), 0.01).double(), wide, rtol=2e-2, atol=2e-3)
+        with torch.autocast("cpu", torch.bfloat16):
+            solved = small.fit().solve(rows.float(), 0.01)
+        torch.testing.assert_close(solved.double(), wide, rtol=1e-3, atol=1e-3)
 
 
 class TestErrors:

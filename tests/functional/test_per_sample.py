@@ -1,9 +1,24 @@
 """Per-sample gradients against a loop of backward passes, layer by layer, and where layers cannot explain them."""
 
+import gc
+import re
+
 import pytest
 import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_ext.functional import InfluenceObjective, ParameterView, SampleGradients
+from lightning_ext.functional import (
+    EmbeddingRows,
+    ExplicitRows,
+    InfluenceObjective,
+    LayerGradients,
+    LayerRecorder,
+    OuterProducts,
+    ParameterView,
+    SampleGradients,
+    per_sample_gradients,
+)
 from tests.functional import layer_toys
 
 EXPLICIT = {
@@ -61,3 +76,276 @@ class TestAgainstALoop:
         elif include is None:
             assert sample_gradients.fallback is None
             assert sample_gradients.uncovered == EXPLICIT.get(name, ())
+
+
+class Counted(nn.Module):
+    """Counts its forward passes and remembers how many samples each had."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net, self.sizes = net, []
+
+    def forward(self, x):
+        self.sizes.append(len(x))
+        return self.net(x)
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers in a tensor that any operation made."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        fresh = func._schema.returns and func._schema.returns[0].alias_info is None
+        if isinstance(out, torch.Tensor) and fresh:
+            self.numel = max(self.numel, out.untyped_storage().nbytes() // out.element_size())
+        return out
+
+
+def mlp():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.Dropout(0.5), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3)).double()
+
+
+def samples(n=5):
+    return torch.randn(n, 4, dtype=torch.float64), torch.arange(n) % 3
+
+
+class TestTheCheck:
+    def test_one_sample_is_run_alone_when_shapes_are_new(self):
+        module = Counted(mlp())
+        gradients = SampleGradients(module, InfluenceObjective())
+        for n in (5, 5, 1, 3, 5):
+            gradients(samples(n))
+        assert module.sizes == [5, 1, 5, 1, 3, 1, 5]
+
+    @pytest.mark.parametrize("name", ["interleaved", "outside"])
+    def test_a_fallback_is_for_good_and_right(self, name):
+        module, batch = layer_toys.build(name)
+        gradients = SampleGradients(module, InfluenceObjective())
+        for _ in range(2):
+            truth = loop(module, batch, gradients.view, InfluenceObjective())
+            torch.testing.assert_close(gradients.explicit(batch), truth)
+        assert "does not explain" in gradients.fallback
+
+    def test_a_sample_whose_loss_has_no_gradient_does_not_hide_a_fault(self):
+        # the last sample is the one that is run alone; saturated, its own gradient says nothing
+        module, (x, _) = layer_toys.build("outside")
+        objective = InfluenceObjective(loss=lambda y, t: y.square().sum(1) * t)
+        gradients = SampleGradients(module, objective)
+        gradients((x, torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0])))
+        assert gradients.fallback
+
+    def test_tokens_first_is_remembered_where_shapes_cannot_tell(self):
+        module, (x, t) = layer_toys.build("time-first")
+        gradients = SampleGradients(module, InfluenceObjective())
+        for n in (5, 3):  # three samples of three tokens come second
+            batch = (x[:n], t[:n])
+            torch.testing.assert_close(
+                gradients.explicit(batch), loop(module, batch, gradients.view, InfluenceObjective())
+            )
+        assert gradients.fallback is None
+
+    def test_everything_explicit_on_demand(self):
+        module, batch = layer_toys.build("mlp")
+        gradients = SampleGradients(module, InfluenceObjective(), layerwise=False)
+        assert isinstance(gradients(batch).blocks[0], ExplicitRows)
+        assert gradients.uncovered == gradients.view.names
+        torch.testing.assert_close(
+            gradients.explicit(batch), SampleGradients(module, InfluenceObjective()).explicit(batch)
+        )
+
+
+class TestSurroundings:
+    @pytest.mark.parametrize("layerwise", [True, False])
+    @pytest.mark.parametrize("measurement", ["margin", "logit", lambda y, t: y.square().sum(1)])
+    def test_measurements(self, measurement, layerwise):
+        module, batch = mlp().eval(), samples()
+        objective = InfluenceObjective(measurement=measurement)
+        gradients = SampleGradients(module, objective, quantity="measurement", layerwise=layerwise)
+        truth = loop(module, batch, gradients.view, objective, "measurement")
+        torch.testing.assert_close(gradients.explicit(batch), truth)
+
+    def test_dict_batches_and_own_forward(self):
+        module, (x, t) = mlp().eval(), samples()
+        objective = InfluenceObjective(forward=lambda module, batch: 2 * module(batch["x"]), target="label")
+        gradients = SampleGradients(module, objective).explicit({"x": x, "label": t, "names": ["a"] * 5})
+        plain = InfluenceObjective(forward=lambda module, batch: 2 * module(batch[0]))
+        torch.testing.assert_close(gradients, loop(module, (x, t), ParameterView(module), plain))
+
+    @pytest.mark.parametrize("name", ["mlp", "conv2d", "own-parameter", "interleaved", "attention"])
+    def test_under_inference_mode_no_grad_and_autocast(self, name):
+        module, batch = layer_toys.build(name)
+        module.float()
+        batch = (batch[0].float(), batch[1])
+        expected = SampleGradients(module, InfluenceObjective()).explicit(batch)
+        rows = torch.randn(2, expected.shape[1])
+        for context in (torch.inference_mode(), torch.no_grad(), torch.autocast("cpu", torch.bfloat16)):
+            with context:
+                inside = tuple(part.clone() for part in batch)
+                gradients = SampleGradients(module, InfluenceObjective())
+                torch.testing.assert_close(gradients.explicit(inside), expected)
+                scores, norms = gradients.project(inside, rows), gradients.norms(inside)
+                dots = gradients(inside).dot(gradients(inside))
+            torch.testing.assert_close(scores, rows @ expected.T, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(norms, expected.norm(dim=1), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(dots, expected @ expected.T, rtol=1e-4, atol=1e-5)
+
+    def test_the_network_is_left_as_it_was(self):
+        module = mlp()
+        module[0].eval()
+        state = {name: value.clone() for name, value in module.state_dict().items()}
+        gradients = SampleGradients(module, InfluenceObjective())
+        gradients(samples())
+        with pytest.raises(ValueError, match="targets"):
+            gradients((samples()[0], "no targets"))
+        assert [part.training for part in module.modules()] == [True, False, True, True, True, True]
+        assert all(torch.equal(state[name], value) for name, value in module.state_dict().items())
+        assert all(parameter.grad is None for parameter in module.parameters())
+        assert not any(layer._forward_hooks for layer in module.modules())
+
+    def test_no_graph_outlives_a_call(self):
+        gradients = SampleGradients(mlp(), InfluenceObjective())
+        kept = gradients(samples())
+        gc.collect()
+        nodes = [thing for thing in gc.get_objects() if type(thing).__name__ == "GradientEdge"]
+        assert not nodes
+        assert not kept.explicit().requires_grad
+
+    def test_a_compiled_network_runs_without_its_compiled_code(self):
+        module, batch = mlp().eval(), samples()
+        expected = SampleGradients(module, InfluenceObjective()).explicit(batch)
+        torch._dynamo.reset()
+        compiled = nn.Sequential(torch.compile(module, backend="eager"))
+        compiled(batch[0])
+        gradients = SampleGradients(compiled, InfluenceObjective())
+        torch.testing.assert_close(gradients.explicit(batch), expected)
+        assert not gradients.uncovered
+
+    def test_a_sample_that_is_not_finite_is_named(self):
+        x, t = samples()
+        x[3, 1] = torch.nan
+        for layerwise in (True, False):
+            gradients = SampleGradients(mlp(), InfluenceObjective(), layerwise=layerwise)
+            with pytest.raises(ValueError, match=re.escape("gradients of samples [3] of the batch are not finite")):
+                gradients((x, t))
+
+
+class TestMemory:
+    def test_explicit_gradients_come_in_pieces(self):
+        module, batch = layer_toys.build("own-parameter")
+        counted = Counted(module)
+        whole = SampleGradients(counted, InfluenceObjective())
+        pieces = SampleGradients(counted, InfluenceObjective(), memory_bytes=2 * 6 * 8)  # two samples' of six numbers
+        assert [len(part) for part in pieces.parts(batch)] == [2, 2, 1]
+        rows = torch.randn(3, whole.view.numel, dtype=torch.float64)
+        torch.testing.assert_close(pieces.project(batch, rows), whole.project(batch, rows))
+        torch.testing.assert_close(pieces.norms(batch), whole.norms(batch))
+        torch.testing.assert_close(pieces.explicit(batch), whole.explicit(batch))
+
+    @pytest.mark.parametrize("tokens", [1, 3, 40])
+    def test_scores_need_no_row_of_parameters_per_sample(self, tokens):
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.Linear(512, 512), nn.Tanh(), nn.Linear(512, 512), layer_toys.mean_tokens())
+        batch = (torch.randn(64, tokens, 512), torch.zeros(64, dtype=torch.long))
+        gradients = SampleGradients(module, InfluenceObjective())(batch)
+        rows = torch.randn(3, gradients.size)
+        with Largest() as largest:
+            scores = gradients.project(rows)
+            dots = gradients[:8].dot(gradients)
+            gradients.norms()
+            gradients.combine(torch.ones(2, 64))
+        explicit = gradients.explicit()
+        assert largest.numel * 4 <= 2**26
+        assert largest.numel < explicit.numel() / 2
+        torch.testing.assert_close(scores, rows @ explicit.T, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(dots, explicit[:8] @ explicit.T, rtol=1e-3, atol=1e-3)
+
+
+class TestPerSampleGradients:
+    def test_chunks_and_loops_agree(self):
+        torch.manual_seed(0)
+        batch = {"x": torch.randn(5, 3), "scale": torch.tensor(2.0)}
+        parameters = {"w": torch.randn(3), "b": torch.randn(())}
+
+        def function(p, sample):
+            return (torch.tanh(sample["x"] @ p["w"] + p["b"]) * sample["scale"]).sum()
+
+        expected = per_sample_gradients(function, parameters, batch)
+        assert expected["w"].shape == (5, 3)
+        assert expected["b"].shape == (5,)
+        for options in ({"chunk_size": 2}, {"vectorize": False}, {"vectorize": True}):
+            other = per_sample_gradients(function, parameters, batch, **options)
+            for name, value in expected.items():
+                torch.testing.assert_close(other[name], value)
+
+    def test_a_path_that_values_decide_is_looped_over_unless_vmap_is_asked_for(self):
+        def function(p, x):
+            return (p["w"] * x).sum() if x.sum() > 0 else (p["w"] * x).sum() ** 2
+
+        parameters, x = {"w": torch.ones(1)}, torch.tensor([[2.0], [-3.0]])
+        assert per_sample_gradients(function, parameters, x)["w"].tolist() == [[2.0], [18.0]]
+        with pytest.raises(RuntimeError, match="vmap"):
+            per_sample_gradients(function, parameters, x, vectorize=True)
+
+
+class TestRecorder:
+    @pytest.mark.parametrize("name", ["mlp", "conv2d", "tokens", "twice"])
+    def test_many_cotangents_at_once_and_one_after_the_other(self, name):
+        module, batch = layer_toys.build(name)
+        with LayerRecorder(module, ParameterView(module)) as recorder:
+            outputs = module(batch[0])
+        cotangents = torch.randn(3, *outputs.shape, dtype=torch.float64)
+        together = recorder.output_gradients(outputs, cotangents, vectorize=True)
+        apart = recorder.output_gradients(outputs, cotangents, vectorize=False)
+        for s in range(3):
+            single = recorder.output_gradients(outputs, cotangents[s])
+            for a, b, c in zip(together, apart, single, strict=True):
+                torch.testing.assert_close(a[s], b[s])
+                torch.testing.assert_close(a[s], c)
+
+    def test_parameters_without_a_layer_are_asked_for(self):
+        module, batch = layer_toys.build("own-parameter")
+        view = ParameterView(module)
+        with LayerRecorder(module, view) as recorder:
+            outputs = module(batch[0])
+        assert recorder.uncovered == ("scale", "unused")
+        with pytest.raises(ValueError, match=re.escape("no recorded layer explains ['unused']")):
+            recorder.backward(outputs, outputs.detach(), {"scale": torch.zeros(5, 4)})
+
+    def test_a_layer_of_another_number_of_rows_is_named(self):
+        module = nn.Sequential(nn.Linear(4, 3)).eval()
+        with LayerRecorder(module, ParameterView(module)) as recorder:
+            outputs = module(torch.randn(5, 4))[:3]
+        with pytest.raises(ValueError, match="layer '0' works on 5 rows, not a multiple of the 3 samples"):
+            recorder.backward(outputs, torch.ones(3, 3))
+
+
+class TestErrors:
+    def test_arguments(self):
+        module = mlp()
+        with pytest.raises(ValueError, match=r"quantity must be .* got 'gain'"):
+            SampleGradients(module, InfluenceObjective(), quantity="gain")
+        with pytest.raises(ValueError, match="memory_bytes must be at least 1, got 0"):
+            SampleGradients(module, InfluenceObjective(), memory_bytes=0)
+
+    def test_shapes(self):
+        rows = ExplicitRows((slice(0, 2),), (torch.ones(3, 2),))
+        table = EmbeddingRows((slice(0, 2),), torch.zeros(3, 1, dtype=torch.long), torch.ones(3, 1, 1), 2)
+        outer = OuterProducts((slice(0, 2),), torch.ones(1, 3, 1, 2), torch.ones(1, 3, 1, 1), bias=False)
+        gradients = LayerGradients([rows], 2)
+        with pytest.raises(ValueError, match="blocks cover 2 of 3 parameters"):
+            LayerGradients([rows], 3)
+        with pytest.raises(ValueError, match=re.escape("[3, 2] samples; they must agree")):
+            LayerGradients([rows, ExplicitRows((slice(2, 4),), (torch.ones(2, 2),))], 4)
+        with pytest.raises(ValueError, match=re.escape("rows must have shape (Q, 2), got (1, 3)")):
+            gradients.project(torch.ones(1, 3))
+        with pytest.raises(ValueError, match=re.escape("weights must have shape (R, 3), got (1, 2)")):
+            gradients.combine(torch.ones(1, 2))
+        with pytest.raises(ValueError, match="of the same parameters"):
+            gradients.dot(LayerGradients([ExplicitRows((slice(0, 1), slice(1, 2)), (torch.ones(3, 1),) * 2)], 2))
+        with pytest.raises(TypeError, match="outer products of the same layer, got ExplicitRows"):
+            outer.dot(rows)
+        with pytest.raises(TypeError, match="rows of the same table, got OuterProducts"):
+            table.dot(outer)

@@ -77,6 +77,9 @@ class TestLaws:
         project = Projection(500, 16, kind)
         assert project(rows).dtype == torch.float32
         assert torch.equal(project(rows), project(rows.float()))
+        exact = project(torch.linspace(0, 1, 500)[None])
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(project(torch.linspace(0, 1, 500)[None]), exact)
 
 
 def test_a_matrix_of_ten_gigabytes_is_never_made():
