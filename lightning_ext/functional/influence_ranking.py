@@ -66,7 +66,7 @@ def keep_largest(values: Tensor, indices: Tensor, k: int) -> tuple[Tensor, Tenso
         indices = torch.nn.functional.pad(indices, missing, value=-1)
     values, indices = _take(values, indices, values.argsort(dim=-1, descending=True, stable=True))
     values, indices = _take(values, indices, indices.argsort(dim=-1, stable=True))
-    repeated = (indices[..., 1:] == indices[..., :-1]) & (indices[..., 1:] >= 0)
+    repeated = indices[..., 1:] == indices[..., :-1]
     if bool(repeated.any()):
         known = values.where(values.isfinite(), torch.zeros_like(values))
         later, earlier = known[..., 1:], known[..., :-1]

@@ -90,7 +90,7 @@ class LinearDatamodelingScore(QueryMean):
 
     def update(self, scores: Tensor, outcomes: Tensor) -> None:
         """Add queries with their scores and true measurements; see the class for the arguments."""
-        self.add_queries(linear_datamodeling_scores(scores.detach(), self.subset_masks, outcomes.detach()))
+        self.add_queries(linear_datamodeling_scores(scores, self.subset_masks, outcomes))
 
     def merge_state(self, incoming_state: dict[str, Any] | Any) -> None:
         """Add the queries of another metric over the same subsets, or of its states, to this one."""
@@ -152,7 +152,6 @@ class TopKOverlap(QueryMean):
         self.add_queries(topk_overlap(self._by_kind(scores), self._by_kind(reference), self.k))
 
     def _by_kind(self, scores: Tensor) -> Tensor:
-        scores = scores.detach()
         return {"helpful": scores, "harmful": -scores, "absolute": scores.abs()}[self.kind]
 
 

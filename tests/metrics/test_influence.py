@@ -62,6 +62,7 @@ class TestMatrix:
         assert metric.compute()["scores"].item() == fine.item()
         single = InfluenceScores(1)
         single.update(fine, torch.tensor([0]))
+        single.to("cpu")
         assert single.compute()["scores"].dtype == torch.float32
 
     def test_pieces_are_copies(self):
