@@ -18,7 +18,6 @@ from lightning_ext.functional.apo_preconditioner import (
     rotate_gradient,
 )
 from lightning_ext.functional.batches import batch_size, concatenate, differentiable, map_tensors, select
-from lightning_ext.functional.block_conjugate_gradients import block_cg
 from lightning_ext.functional.conjugate_gradients import conjugate_gradients
 from lightning_ext.functional.counter_rng import fold_in, seeded_generator
 from lightning_ext.functional.curvature import CurvatureOperator, EmpiricalFisherOperator, GGNOperator, HessianOperator
@@ -59,6 +58,7 @@ from lightning_ext.functional.influence_response import (
     response_terms,
     response_terms_and_gradients,
 )
+from lightning_ext.functional.influence_tracin import tracin_self_influence
 from lightning_ext.functional.kronecker import KroneckerBlock, KroneckerCurvature, kronecker_curvature
 from lightning_ext.functional.kronecker_statistics import KroneckerLayer, KroneckerStatistics
 from lightning_ext.functional.layer_gradients import (
@@ -125,7 +125,7 @@ from lightning_ext.functional.output_losses import CallableLoss, SoftmaxCrossEnt
 from lightning_ext.functional.parameters import ParameterView
 from lightning_ext.functional.per_sample import SampleGradients, per_sample_gradients
 from lightning_ext.functional.sketch import Projection
-from lightning_ext.functional.solvers import cg, direct, direct_dual, normal_cg
+from lightning_ext.functional.solvers import block_cg, cg, direct, direct_dual, normal_cg
 
 __all__ = [
     "BernoulliCrossEntropy",
@@ -263,6 +263,7 @@ __all__ = [
     "theorem1_gates",
     "topk_overlap",
     "total_correlation_terms",
+    "tracin_self_influence",
     "trust_region_weight",
     "unstandardize_beta",
     "update_moments",

@@ -15,10 +15,12 @@ def conjugate_gradients(
     max_iterations: int | None = None,
     x0: Tensor | None = None,
     method: str = "cg",
+    shared: bool = False,
     semidefinite: bool = False,
+    basis_bytes: int = 2**30,
     check: Check = "rows",
 ) -> tuple[Tensor, SolveInfo]:
-    r"""Preconditioned conjugate gradients on a `LinearSystem`; `cg` with the system made by the caller, and no warning.
+    r"""Preconditioned conjugate gradients on a `LinearSystem`: `cg` and `block_cg` without their warnings.
 
     Args:
         system: right-hand sides, product and tolerances.
@@ -26,7 +28,9 @@ def conjugate_gradients(
         max_iterations: at least 1; None for 10 D, but no more than 1000.
         x0: ``(R, D)``, where to start; None for 0.
         method: the name in the report and in errors.
-        semidefinite: stop a row at a direction of no curvature instead of refusing the operator.
+        shared: one search space for all rows, as in `block_cg`, instead of one for each.
+        semidefinite: stop a row at a direction of no curvature instead of refusing the operator; not with ``shared``.
+        basis_bytes: what a shared search space may keep of its earlier directions.
         check: how the final residual is recomputed, see `LinearSystem.solve`.
 
     Returns:
@@ -43,11 +47,17 @@ def conjugate_gradients(
     >>> conjugate_gradients(system)[0]
     tensor([[2., 1.]])
     """
-    recursion = _Recursion(method, system, preconditioner, semidefinite)
+    recursion: _RowRecursion | _SharedRecursion
+    if shared:
+        recursion = _SharedRecursion(method, system, preconditioner, basis_bytes)
+    else:
+        recursion = _RowRecursion(method, system, preconditioner, semidefinite)
     return system.solve(method, recursion.run, max_iterations=max_iterations, x0=x0, check=check)
 
 
-class _Recursion:
+class _RowRecursion:
+    """Each row with a search space of its own."""
+
     def __init__(self, method: str, system: LinearSystem, preconditioner: Matvec | None, semidefinite: bool) -> None:
         self.method = method
         self.system = system
@@ -109,3 +119,73 @@ class _Recursion:
                 f"iteration {iteration + 1} for row {rows[worst].item()}. Add damping, take the Gauss-Newton matrix in "
                 "place of the Hessian, or use normal_cg."
             )
+
+
+class _SharedRecursion:
+    """All rows in one search space, conjugate to as many earlier directions as ``basis_bytes`` hold."""
+
+    def __init__(self, method: str, system: LinearSystem, preconditioner: Matvec | None, basis_bytes: int) -> None:
+        self.method = method
+        self.system = system
+        self.preconditioner = preconditioner
+        self.most_rows = basis_bytes // (2 * system.rhs.shape[1] * system.rhs.element_size())
+
+    def run(self, x: Tensor, residual: Tensor, budget: int) -> int:
+        """Move x and its residual in place until every row meets its limit; returns the iterations used."""
+        earlier: list[tuple[Tensor, Tensor, Tensor]] = []
+        for iteration in range(budget):
+            z = self._directions(residual)
+            if len(z) == 0:
+                return iteration
+            if self.preconditioner is not None:
+                z = self.preconditioner(z).detach()
+            for p, image, factor in earlier:
+                z = torch.addmm(z, torch.cholesky_solve(image @ z.mT, factor).mT, p, alpha=-1)
+            p, image = z, self.system.product(z)
+            factor = self._factor(p @ image.mT, iteration)
+            earlier.append((p, image, factor))
+            while len(earlier) > 1 and sum(len(factor) for _, _, factor in earlier) > self.most_rows:
+                earlier.pop(0)
+            step = torch.cholesky_solve(p @ residual.mT, factor).mT
+            x.addmm_(step, p)
+            residual.addmm_(step, image, alpha=-1)
+        return budget
+
+    def _directions(self, residual: Tensor) -> Tensor:
+        """Orthonormal rows that span the unsolved residuals as far as their tolerances need it."""
+        norms = torch.linalg.vector_norm(residual, dim=1)
+        unsolved = ~(norms <= self.system.limit)
+        limits, norms = self.system.limit[unsolved], norms[unsolved]
+        if len(norms) == 0:
+            return residual[:0]
+        rows = residual[unsolved].div_(norms[:, None])
+        energies, axes = torch.linalg.eigh(_gram(rows))
+        energies = energies.clamp_min(0.0)
+        # What each row loses with the first k directions, the weakest ones.
+        lost = (axes.square() * energies).cumsum(dim=1)
+        spare = (lost <= (0.5 * limits / norms).double().square()[:, None]).all(dim=0)
+        spare |= energies <= torch.finfo(torch.float64).eps * len(rows) * energies[-1]
+        kept = ~spare
+        mixing: Tensor = axes[:, kept] / energies[kept].sqrt()
+        return mixing.mT.to(rows) @ rows
+
+    def _factor(self, gram: Tensor, iteration: int) -> Tensor:
+        factor: Tensor
+        factor, status = torch.linalg.cholesky_ex((gram + gram.mT) / 2)
+        if not bool(gram.isfinite().all()):
+            raise LinAlgError(f"{self.method}: the products of the operator are NaN or infinite.")
+        if int(status) != 0:
+            raise LinAlgError(
+                f"{self.method}: the operator is not positive definite on the directions of iteration {iteration + 1}. "
+                "Add damping, take the Gauss-Newton matrix in place of the Hessian, or use normal_cg."
+            )
+        return factor
+
+
+def _gram(rows: Tensor) -> Tensor:
+    """Inner products in float64, by pieces, so that no float64 copy of all the rows is made."""
+    gram = rows.new_zeros(len(rows), len(rows), dtype=torch.float64)
+    for start in range(0, rows.shape[1], 2**16):
+        wide = rows[:, start : start + 2**16].double()
+        gram.addmm_(wide, wide.mT)
+    return gram
