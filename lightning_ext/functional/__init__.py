@@ -29,6 +29,7 @@ from lightning_ext.functional.divergences import (
     squared_error,
 )
 from lightning_ext.functional.elementwise_losses import BernoulliCrossEntropy, GaussianNLL, PoissonNLL, SquaredError
+from lightning_ext.functional.embedding_rows import EmbeddingRows
 from lightning_ext.functional.influence import (
     group_scores,
     influence_scores,
@@ -61,13 +62,7 @@ from lightning_ext.functional.influence_response import (
 from lightning_ext.functional.influence_tracin import tracin_self_influence
 from lightning_ext.functional.kronecker import KroneckerBlock, KroneckerCurvature, kronecker_curvature
 from lightning_ext.functional.kronecker_statistics import KroneckerLayer, KroneckerStatistics
-from lightning_ext.functional.layer_gradients import (
-    EmbeddingRows,
-    ExplicitRows,
-    GradientBlock,
-    LayerGradients,
-    OuterProducts,
-)
+from lightning_ext.functional.layer_gradients import ExplicitRows, GradientBlock, LayerGradients, OuterProducts
 from lightning_ext.functional.layer_recorder import LayerRecorder, RecordedLayer
 from lightning_ext.functional.linear_system import (
     BlockProduct,

@@ -16,7 +16,7 @@ __all__ = ["KroneckerLayer", "KroneckerStatistics"]
 
 Fisher = Literal["type2", "mc", "empirical"]
 _BLOCK_BYTES = 2**26  # of rotated per-sample gradients held at once
-_COLUMNS_AT_ONCE = 16  # of the Hessians' roots, in one batched backward pass where that is faster
+_COLUMN_BYTES = 2**26  # of output gradients, of several columns of the Hessians' roots, held at once
 
 
 @dataclass(frozen=True)
@@ -212,14 +212,14 @@ class KroneckerStatistics:
             outputs = self._explained_outputs(outputs)
             sums["count"] += len(outputs)
             inputs = {
-                layer.name: kron.augment(self.recorder.inputs(layer, len(outputs))) @ bases[layer.name][0].unsqueeze(1)
+                layer.name: _rotated(kron.augment(self.recorder.inputs(layer, len(outputs))), bases[layer.name][0])
                 for layer, kron in self._recorded_factored()
             }
             for columns in self._columns(batch, outputs, generator):
                 gradients = self.recorder.output_gradients(outputs, columns)
                 for layer, g in zip(self.recorder.recorded, gradients, strict=True):
                     if layer.name in self._factored:
-                        rotated = g @ bases[layer.name][1].unsqueeze(1)
+                        rotated = _rotated(g.transpose(0, 1), bases[layer.name][1])
                         sums[layer.name] += _squared_products(rotated, inputs[layer.name])
         return sums
 
@@ -244,8 +244,8 @@ class KroneckerStatistics:
             columns = loss.sample_gradient(y, t, generator).unsqueeze(0)
         else:
             columns = loss.gradient(y, t).unsqueeze(0)
-        columns = columns.to(y.dtype)
-        yield from torch.split(columns, 1 if y.device.type == "cpu" else _COLUMNS_AT_ONCE)
+        each = sum(shape.numel() for _, shape in self.recorder.shapes) * y.element_size()
+        yield from torch.split(columns.to(y.dtype), max(1, _COLUMN_BYTES // max(1, each)))
 
     def _add_diagonal(self, layer: RecordedLayer, g: Tensor, diagonal: Mapping[str, Tensor]) -> None:
         for column in g:
@@ -263,14 +263,19 @@ class KroneckerStatistics:
                     raise ValueError(f"{name!r} is used, but its layer is not called: leave it out (include=).")
 
 
+def _rotated(x: Tensor, basis: Tensor) -> Tensor:
+    """Multiply ``(G, ..., F)`` by ``(G, F, F)``, each group in one product."""
+    return (x.flatten(1, -2) @ basis).view(x.shape)
+
+
 def _squared_products(g: Tensor, a: Tensor) -> Tensor:
-    """Sum over columns and samples of the squares of ``g`` ``(S, G, B, T, P)`` times ``a`` ``(G, B, T, M)``."""
+    """Sum over columns and samples of the squares of ``g`` ``(G, S, B, T, P)`` times ``a`` ``(G, B, T, M)``."""
     if g.shape[3] == 1:
-        return g.square().sum((0, 3)).mT @ a.square().squeeze(2)
-    total = g.new_zeros(g.shape[1], g.shape[4], a.shape[3])
+        return g.square().sum((1, 3)).mT @ a.square().squeeze(2)
+    total = g.new_zeros(g.shape[0], g.shape[4], a.shape[3])
     size = max(1, _BLOCK_BYTES // (total.numel() * g.element_size()))
-    for column in g:
+    for column in range(g.shape[1]):
         for start in range(0, a.shape[1], size):
             part = slice(start, start + size)
-            total += (column[:, part].mT @ a[:, part]).square_().sum(1)
+            total += (g[:, column, part].mT @ a[:, part]).square_().sum(1)
     return total

@@ -8,18 +8,25 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any, Concatenate, ParamSpec
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-__all__ = ["EmbeddingRows", "ExplicitRows", "GradientBlock", "LayerGradients", "OuterProducts"]
+__all__ = ["ExplicitRows", "GradientBlock", "LayerGradients", "OuterProducts"]
 
-_CACHE_BYTES = 2**23  # of rows written before a matrix product reads them again: measured, 1 to 16 MiB are alike
-_BLOCK_BYTES = 2**26  # of products between tokens held at once
+_CACHE_BYTES = 2**23  # of gradients written out before a matrix product reads them again
+_MAPPED_BYTES = 2**21  # of tokens mapped by rows before a sum reads them again
+_BLOCK_BYTES = 2**26  # of gradients, or of products between tokens, held at once
+_NARROW = 32  # features below which mapped tokens make poor matrix products
 
 
-def _cut(total: int, bytes_each: int, budget: int = _BLOCK_BYTES) -> Iterator[slice]:
+def pieces(total: int, bytes_each: int, budget: int = _BLOCK_BYTES) -> Iterator[slice]:
+    """Cut a range into slices of things that take ``budget`` bytes together, or one by one where that is too little.
+
+    >>> list(pieces(5, bytes_each=4, budget=8))
+    [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
+    """
     size = max(1, budget // max(1, bytes_each))
     return (slice(start, min(start + size, total)) for start in range(0, total, size))
 
@@ -46,10 +53,10 @@ class GradientBlock(ABC):
     def sample(self) -> Tensor:
         """Any tensor of the gradients' dtype and device."""
 
-    def chunks(self) -> Iterator[slice]:
-        """Ranges of samples whose gradients, written out, fit a core's cache."""
+    def chunks(self, budget: int = _CACHE_BYTES) -> Iterator[slice]:
+        """Ranges of samples whose gradients, written out, take ``budget`` bytes; the default fits a core's cache."""
         width = sum(part.stop - part.start for part in self.slices)
-        return _cut(len(self), width * self.sample().element_size(), _CACHE_BYTES)
+        return pieces(len(self), width * self.sample().element_size(), budget)
 
     def project(self, parts: Sequence[Tensor]) -> Tensor:
         """Inner products ``(Q, B)`` with ``parts``, ``(Q, d)`` for each slice."""
@@ -70,7 +77,7 @@ class GradientBlock(ABC):
     def dot(self, other: "GradientBlock") -> Tensor:
         """Inner products ``(B, B')`` with the gradients of other samples with respect to the same parameters."""
         out = self.sample().new_empty(len(self), len(other))
-        for chunk in self.chunks():
+        for chunk in self.chunks(_BLOCK_BYTES):
             out[chunk] = other.project(self[chunk].explicit())
         return out
 
@@ -166,27 +173,54 @@ class OuterProducts(GradientBlock):
 
     def project(self, parts: Sequence[Tensor]) -> Tensor:
         """Inner products ``(Q, B)`` with ``parts``, ``(Q, d)`` for each slice."""
-        out = parts[0].new_zeros(len(self), len(parts[0]))
-        if self.weight and len(parts[0]) == 1:  # one row: map the inputs by it
-            matrix = parts[0].reshape(self.g.shape[0], 1, self.g.shape[-1], -1)
-            out += (self.a @ matrix.mT).mul_(self.g).sum((0, 2, 3)).unsqueeze(1)
-        elif self.weight:  # more: written to cache, then one product for all rows
-            chunks = list(self.chunks())
-            scratch = self.g.new_empty(chunks[0].stop, self.g.shape[0], self.g.shape[-1], self.a.shape[-1])
-            for chunk in chunks:
-                rows = self[chunk].matrices(scratch[: chunk.stop - chunk.start]).flatten(1)
-                torch.mm(rows, parts[0].mT, out=out[chunk])
-        return out.addmm_(self.bias_rows(), parts[-1].mT).mT if self.bias else out.mT
+        out = parts[0].new_zeros(len(parts[0]), len(self))
+        if self.weight:
+            (self._project_tokens if self._maps_tokens() else self._project_matrices)(parts[0], out)
+        return out.addmm_(parts[-1], self.bias_rows().mT) if self.bias else out
+
+    def _maps_tokens(self) -> bool:
+        """Mapping every token costs T times the products of mapping every gradient, but no gradient is written."""
+        (groups, _, tokens, outputs), inputs = self.g.shape, self.a.shape[3]
+        cached = _CACHE_BYTES // (groups * outputs * inputs * self.g.element_size())
+        return min(outputs, inputs) >= _NARROW and tokens <= 1 + 20 / max(1, cached)  # 20: measured on a CPU
+
+    def _project_tokens(self, part: Tensor, out: Tensor) -> None:
+        groups, size, tokens, outputs = self.g.shape
+        matrices = part.reshape(len(part), groups, outputs, -1)
+        forwards = outputs <= self.a.shape[3]
+        width = size * tokens * min(outputs, self.a.shape[3]) * self.g.element_size()
+        for group in range(groups):
+            a, g = self.a[group].flatten(0, 1), self.g[group].flatten(0, 1)
+            for chunk in pieces(len(part), width, _MAPPED_BYTES):
+                matrix = matrices[chunk, group]
+                mapped = (a @ matrix.mT).mul_(g) if forwards else (g @ matrix).mul_(a)
+                out[chunk] += mapped.sum(2).reshape(-1, size, tokens).sum(2)
+
+    def _project_matrices(self, part: Tensor, out: Tensor) -> None:
+        chunks = list(self.chunks())
+        scratch = self.g.new_empty(chunks[0].stop, self.g.shape[0], self.g.shape[3], self.a.shape[3])
+        for chunk in chunks:
+            rows = self[chunk].matrices(scratch[: chunk.stop - chunk.start]).flatten(1)
+            out[:, chunk] = (rows @ part.mT).mT
+
+    def combine(self, weights: Tensor) -> tuple[Tensor, ...]:
+        """Sums over the samples with weights ``(R, B)``, ``(R, d)`` for each slice."""
+        a = self.a.flatten(1, 2)
+        each = [(self.g * row.view(1, -1, 1, 1)).flatten(1, 2) for row in weights]
+        weight = (torch.stack([(g.mT @ a).flatten() for g in each]),) if self.weight else ()
+        return weight + ((torch.stack([g.sum(1).flatten() for g in each]),) if self.bias else ())
 
     def dot(self, other: GradientBlock) -> Tensor:
         """Inner products ``(B, B')``, over pairs of tokens where that is cheaper than over parameters."""
         if not isinstance(other, OuterProducts):
             raise TypeError(f"other must hold outer products of the same layer, got {type(other).__name__}.")
-        pairs, (outputs, inputs) = self.g.shape[2] * other.g.shape[2], (self.g.shape[-1], self.a.shape[-1])
-        if self.weight and pairs * (outputs + inputs) > outputs * inputs:
+        pairs, (outputs, inputs) = self.g.shape[2] * other.g.shape[2], (self.g.shape[3], self.a.shape[3])
+        held = max(1, _BLOCK_BYTES // (outputs * inputs * self.g.element_size()))
+        explicit = outputs * inputs * (1 + other.g.shape[2] / held)  # others are written out once per ``held`` samples
+        if self.weight and pairs * (outputs + inputs) > explicit:
             return super().dot(other)
         out = self.g.new_empty(len(self), len(other))
-        for chunk in _cut(len(self), 2 * len(other) * pairs * self.g.shape[0] * self.g.element_size()):
+        for chunk in pieces(len(self), 2 * len(other) * pairs * self.g.shape[0] * self.g.element_size()):
             out[chunk] = self._pairs("gbtf,gcuf->gbctu", self[chunk], other).sum((0, 3, 4))
         return out
 
@@ -196,7 +230,7 @@ class OuterProducts(GradientBlock):
         if self.weight and tokens**2 * (self.g.shape[-1] + inputs) > self.g.shape[-1] * inputs:
             return super().squared_norms()
         out = self.g.new_empty(len(self))
-        for chunk in _cut(len(self), 2 * tokens**2 * groups * self.g.element_size()):
+        for chunk in pieces(len(self), 2 * tokens**2 * groups * self.g.element_size()):
             out[chunk] = self._pairs("gbtf,gbuf->gbtu", self[chunk], self[chunk]).sum((0, 2, 3))
         return out
 
@@ -216,95 +250,18 @@ class OuterProducts(GradientBlock):
         return gradients * (inputs + 1) if self.bias else gradients * inputs
 
 
-@dataclass(frozen=True)
-class EmbeddingRows(GradientBlock):
-    """Gradients of an embedding table: the row of each token's index receives the gradient of its output.
-
-    Args:
-        slices: Where the table lies in the flat parameter vector.
-        indices: ``(B, T)``, from 0 to ``num_embeddings - 1``.
-        g: Gradients of the outputs ``(B, T, E)``.
-        num_embeddings: Rows of the table.
-    """
-
-    slices: tuple[slice, ...]
-    indices: Tensor
-    g: Tensor
-    num_embeddings: int
-
-    def __len__(self) -> int:
-        """Number of samples."""
-        return len(self.g)
-
-    def __getitem__(self, index: slice) -> "EmbeddingRows":
-        """The chosen samples."""
-        return EmbeddingRows(self.slices, self.indices[index], self.g[index], self.num_embeddings)
-
-    def sample(self) -> Tensor:
-        """Any tensor of the gradients' dtype and device."""
-        return self.g
-
-    def explicit(self) -> tuple[Tensor, ...]:
-        """The gradients, ``(B, d)`` for the one slice."""
-        table = self.g.new_zeros(len(self), self.num_embeddings, self.g.shape[-1])
-        index = self.indices.unsqueeze(-1).expand_as(self.g)
-        return (table.scatter_add_(1, index, self.g).flatten(1),)
-
-    def project(self, parts: Sequence[Tensor]) -> Tensor:
-        """Inner products ``(Q, B)`` with the one part ``(Q, d)``."""
-        tables = parts[0].reshape(len(parts[0]), self.num_embeddings, -1)
-        out = self.g.new_empty(len(tables), len(self))
-        for chunk in _cut(len(self), len(tables) * self.g[0].numel() * self.g.element_size()):
-            out[:, chunk] = torch.einsum("qbte,bte->qb", tables[:, self.indices[chunk]], self.g[chunk])
-        return out
-
-    def combine(self, weights: Tensor) -> tuple[Tensor, ...]:
-        """Sums over the samples with weights ``(R, B)``."""
-        out = weights.new_zeros(len(weights), self.num_embeddings, self.g.shape[-1])
-        for row, weight in zip(out, weights, strict=True):
-            row.index_add_(0, self.indices.flatten(), (weight[:, None, None] * self.g).flatten(0, 1))
-        return (out.flatten(1),)
-
-    def dot(self, other: GradientBlock) -> Tensor:
-        """Inner products ``(B, B')`` over pairs of tokens with the same index."""
-        if not isinstance(other, EmbeddingRows):
-            raise TypeError(f"other must hold rows of the same table, got {type(other).__name__}.")
-        out = self.g.new_empty(len(self), len(other))
-        for chunk in _cut(len(self), 2 * len(other) * self.g.shape[1] * other.g.shape[1] * self.g.element_size()):
-            same = self.indices[chunk][:, None, :, None] == other.indices[None, :, None, :]
-            out[chunk] = (torch.einsum("bte,cue->bctu", self.g[chunk], other.g) * same).sum((2, 3))
-        return out
-
-    def squared_norms(self) -> Tensor:
-        """Squared lengths ``(B,)``."""
-        out = self.g.new_empty(len(self))
-        for chunk in _cut(len(self), 2 * self.g.shape[1] ** 2 * self.g.element_size()):
-            same = self.indices[chunk][:, :, None] == self.indices[chunk][:, None, :]
-            out[chunk] = (self.g[chunk] @ self.g[chunk].mT * same).sum((1, 2))
-        return out
-
-    def square_sums(self) -> tuple[Tensor, ...]:
-        """Sums over the samples of the squared gradients, ``(d,)`` for the one slice."""
-        samples = torch.arange(len(self), device=self.g.device).unsqueeze(1)
-        cells, where = torch.unique(samples * self.num_embeddings + self.indices, return_inverse=True)
-        rows = self.g.new_zeros(len(cells), self.g.shape[-1]).index_add_(0, where.flatten(), self.g.flatten(0, 1))
-        table = self.g.new_zeros(self.num_embeddings, self.g.shape[-1])
-        return (table.index_add_(0, cells % self.num_embeddings, rows.square()).flatten(),)
+Method = TypeVar("Method", bound=Callable[..., Tensor])
 
 
-P = ParamSpec("P")
-Method = Callable[Concatenate[Any, P], Tensor]
-
-
-def _full_precision(method: Method[P]) -> Method[P]:
+def _full_precision(method: Method) -> Method:
     """Keep the matrix products out of the autocasting that a training loop may have on."""
 
     @wraps(method)
-    def plain(self: Any, *args: P.args, **kwargs: P.kwargs) -> Tensor:
+    def plain(self: "LayerGradients", *args: Any) -> Tensor:
         with torch.autocast(self.blocks[0].sample().device.type, enabled=False):
-            return method(self, *args, **kwargs)
+            return method(self, *args)
 
-    return plain
+    return cast(Method, plain)
 
 
 class LayerGradients:
@@ -317,15 +274,16 @@ class LayerGradients:
     Raises:
         ValueError: If the blocks do not cover the vector, or disagree about the number of samples.
 
+    >>> from lightning_ext.functional import OuterProducts
     >>> a, g = torch.tensor([[[[1.0, 2.0]]]]), torch.tensor([[[[3.0]]]])
     >>> gradients = LayerGradients([OuterProducts((slice(0, 2), slice(2, 3)), a, g)], 3)
     >>> gradients.explicit(), gradients.norms() ** 2, gradients.project(torch.ones(1, 3))
     (tensor([[3., 6., 3.]]), tensor([54.]), tensor([[12.]]))
 
     Note:
-        ``project`` writes the gradients of a few samples at a time into cache and multiplies; on a CPU that is faster
-        than an ``einsum`` over layers from two rows on, and never needs ``(B, D)`` numbers. ``dot`` costs
-        :math:`B B' T T' (M + P)` per layer, or :math:`B B' M P` where that is less.
+        ``project`` costs :math:`Q B M P` multiplications per layer: it maps the inputs by each row's matrix or, of
+        layers with few features or many tokens, writes the gradients of a few samples at a time into cache. It never
+        needs ``(B, D)`` numbers. ``dot`` costs :math:`B B' T T' (M + P)`, or :math:`B B' M P` where that is less.
     """
 
     def __init__(self, blocks: Sequence[GradientBlock], size: int) -> None:

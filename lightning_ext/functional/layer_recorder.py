@@ -12,13 +12,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
-from lightning_ext.functional.layer_gradients import (
-    EmbeddingRows,
-    ExplicitRows,
-    GradientBlock,
-    LayerGradients,
-    OuterProducts,
-)
+from lightning_ext.functional.embedding_rows import EmbeddingRows
+from lightning_ext.functional.layer_gradients import ExplicitRows, GradientBlock, LayerGradients, OuterProducts
 from lightning_ext.functional.parameters import ParameterView
 
 __all__ = ["LayerRecorder", "RecordedLayer"]
