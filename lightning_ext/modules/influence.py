@@ -258,6 +258,18 @@ class InfluenceModule(LightningModule):
             queries, solved = self._solve_queries(engine)
             return torch.cat([engine.pairwise(batch, queries, solved) for batch in engine.shard], dim=1)
 
+    def solve(self, loader: Any) -> Tensor:
+        """The queries' gradients times the inverse curvature, without a Trainer: for stores of gradients.
+
+        Args:
+            loader: DataLoader over the training set.
+
+        Returns:
+            ``(Q, D)``; its inner products with samples' gradients, over N, are the scores.
+        """
+        with differentiable(None):
+            return self._solve_queries(self._engine_for(loader))[1]
+
     def self_influence(self, loader: Any) -> Tensor:
         r"""How much each sample's own loss depends on its being there, :math:`s(z) \ge 0`, without a Trainer.
 
