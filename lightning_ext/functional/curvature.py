@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lightning_ext.functional.batches import batch_size, differentiable
 from lightning_ext.functional.influence_objective import InfluenceObjective
-from lightning_ext.functional.layer_gradients import ExplicitRows, LayerGradients
+from lightning_ext.functional.layer_gradients import LayerGradients
 from lightning_ext.functional.linearized import LinearizedBatch, LinearizedGradient
 from lightning_ext.functional.parameters import ParameterView
 from lightning_ext.functional.per_sample import SampleGradients
@@ -110,8 +110,8 @@ class CurvatureOperator(ABC):
         self._gone_through = False
 
     @abstractmethod
-    def _share(self, function: Function, targets: Tensor) -> _Share:
-        """Linearise one batch."""
+    def _share(self, function: Function, targets: Tensor, *, check: bool) -> _Share:
+        """Linearise one batch; with ``check`` see that its derivatives are those of the function."""
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(size={self.size}, damping={self.damping}, {self.view!r})"
@@ -176,7 +176,8 @@ class CurvatureOperator(ABC):
 
     def _linearized(self, number: int, batch: Any) -> _Share:
         with differentiable(batch) as plain:
-            share = self._share(self.objective.function(self.module, self.view, plain), self.objective.targets(plain))
+            function, targets = self.objective.function(self.module, self.view, plain), self.objective.targets(plain)
+            share = self._share(function, targets, check=not self._marks)
         finite = share.outputs.flatten(1).isfinite().all(1) if share.outputs.ndim > 1 else share.outputs.isfinite()
         if not bool(finite.all()):
             samples = finite.logical_not().nonzero().flatten().tolist()
@@ -219,8 +220,8 @@ class _ThroughOutputs(CurvatureOperator):
     def _columns(self, y: Tensor, t: Tensor) -> Tensor:
         """Return (S, *y.shape), the columns of a square root of B."""
 
-    def _share(self, function: Function, targets: Tensor) -> _Share:
-        linearized = LinearizedBatch(function, self._params, self.backend)
+    def _share(self, function: Function, targets: Tensor, *, check: bool) -> _Share:
+        linearized = LinearizedBatch(function, self._params, self.backend, check=check)
         y = linearized.outputs
         at_once = max(1, _BLOCK_BYTES // max(1, y.numel() * y.element_size()))
 
@@ -230,7 +231,7 @@ class _ThroughOutputs(CurvatureOperator):
 
         return _Share(product, y, lambda: linearized.nbytes)
 
-    def _sample_columns(self, columns: Callable[[Tensor, Tensor], Tensor]) -> Iterator[list[LayerGradients]]:
+    def _sample_columns(self, columns: Callable[[Tensor, Tensor], Tensor]) -> Iterator[list[Tensor | LayerGradients]]:
         """Yield for each batch the samples' J^T c, one set of gradients for every column c."""
         gradients = SampleGradients(self.module, self.objective, self.view)
         now = self.view.values()
@@ -239,12 +240,11 @@ class _ThroughOutputs(CurvatureOperator):
         for batch in self.batches:
             with gradients.recording(batch) as (plain, outputs):
                 y = self.objective.outputs(self.module, plain) if outputs is None else outputs
-                found = []
+                found: list[Tensor | LayerGradients] = []
                 for column in columns(y.detach(), self.objective.targets(plain)):
                     others = gradients.others(plain, column)
                     if outputs is None:
-                        rows = ExplicitRows((slice(0, self.size),), (self.view.flatten(others),))
-                        found.append(LayerGradients([rows], self.size))
+                        found.append(self.view.flatten(others))
                     else:
                         found.append(gradients.recorder.backward(outputs, column, others))
                 yield found
@@ -266,7 +266,7 @@ class _ThroughOutputs(CurvatureOperator):
             return drawn.div_(math.sqrt(draws))
 
         found = self._sample_columns(columns)
-        traces = [torch.stack([g.norms().square() for g in gradients]).sum(0) for gradients in found]
+        traces = [torch.stack([_squared_norms(g) for g in gradients]).sum(0) for gradients in found]
         return torch.cat([torch.zeros(0, dtype=self.dtype, device=self.device), *traces])
 
     def _draw(self, y: Tensor, t: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -297,11 +297,15 @@ class _ThroughOutputs(CurvatureOperator):
         """
         root, blocks, count = self.num_samples**0.5, [], 0
         for found in self._sample_columns(self._columns):
-            blocks += [g.explicit() / root for g in found]
+            blocks += [(g if isinstance(g, Tensor) else g.explicit()) / root for g in found]
             count += sum(map(len, blocks[-len(found) :]))
             if max_rows is not None and count > max_rows:
                 raise ValueError(f"the square root has more than {max_rows} rows: use an iterative solver.")
         return torch.cat([torch.zeros(0, self.size, dtype=self.dtype, device=self.device), *blocks])
+
+
+def _squared_norms(gradients: Tensor | LayerGradients) -> Tensor:
+    return (gradients.norm(dim=1) if isinstance(gradients, Tensor) else gradients.norms()).square()
 
 
 class GGNOperator(_ThroughOutputs):
@@ -370,6 +374,6 @@ class HessianOperator(CurvatureOperator):
     tensor([[4.5000]])
     """
 
-    def _share(self, function: Function, targets: Tensor) -> _Share:
+    def _share(self, function: Function, targets: Tensor, *, check: bool) -> _Share:
         linearized = LinearizedGradient(lambda p: self.objective.losses(function(p), targets), self._params)
         return _Share(linearized.product, linearized.outputs, lambda: linearized.nbytes)

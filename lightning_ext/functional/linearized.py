@@ -11,12 +11,18 @@ from torch import Tensor
 __all__ = ["LinearizedBatch", "LinearizedGradient", "PullBack"]
 
 _TRACED_AFTER = 16  # products with a convolution by which tracing has paid for itself
-_BATCHED_BYTES = 2**30  # what intermediate results of rows that go through an accelerator together may take
+_ACCELERATOR_BYTES = 2**30  # what intermediate results of rows that go through an accelerator together may take
+_CPU_BYTES, _CPU_ROWS = 2**23, 64  # on a CPU they must stay in its cache, or rows are faster one by one
 
 
 def _without_inference(x: Tensor) -> Tensor:
     return x.clone() if x.is_inference() else x
 
+
+_CUT = (
+    "an operator cuts the graph of its backward pass (once_differentiable, detach), so that second derivatives are not "
+    "those of the function. Write it with torch functions, or give it a jvp and use backend='linearize'."
+)
 
 Function = Callable[[Mapping[str, Tensor]], Tensor]
 
@@ -47,8 +53,11 @@ def _saved_bytes(function: Function, params: Mapping[str, Tensor]) -> int:
     return sum(size for place, size in sizes.items() if place not in own)
 
 
-def _rows_at_once(outputs: Tensor, nbytes: Callable[[], int]) -> int:
-    return 1 if outputs.device.type == "cpu" else max(1, _BATCHED_BYTES // max(1, nbytes()))
+def _rows_at_once(device: torch.device, nbytes: int) -> int:
+    if device.type != "cpu":
+        return max(1, _ACCELERATOR_BYTES // max(1, nbytes))
+    together = min(_CPU_ROWS, _CPU_BYTES // max(1, nbytes))
+    return together if together >= 4 else 1
 
 
 class PullBack:
@@ -57,8 +66,8 @@ class PullBack:
     Args:
         outputs: tensors with a graph; those without one contribute nothing.
         inputs: what to differentiate with respect to; their joined sizes are the result's columns.
-        at_once: rows that go through the graph together, at least 1. One by one is the fastest on a CPU, for linear
-            layers as for convolutions.
+        at_once: rows that go through the graph together, at least 1; one by one after all where an operator in it
+            cannot be batched. Default 1.
 
     >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
     >>> PullBack([x.square()], [x])([torch.eye(2)])
@@ -77,12 +86,25 @@ class PullBack:
         with torch.inference_mode(False), torch.enable_grad():
             rows = self._inputs[0].new_zeros(count, sum(x.numel() for x in self._inputs))
             kept = [_without_inference(cotangents[i]) for i in self._live]
-            for start in range(0, count if kept else 0, self._at_once):
-                part = slice(start, start + self._at_once)
+            step = self._at_once
+            for start in range(0, count if kept else 0, step):
+                part = slice(start, start + step)
                 torch.cat(self._gradients([c[part] for c in kept]), 1, out=rows[part])
         return rows
 
     def _gradients(self, cotangents: list[Tensor]) -> list[Tensor]:
+        count = len(cotangents[0])
+        if count > 1 and self._at_once > 1:
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # about operators that are batched by a loop
+                    return self._together(cotangents)
+            except RuntimeError:
+                self._at_once = 1
+        each = [self._together([c[i : i + 1] for c in cotangents]) for i in range(count)]
+        return each[0] if count == 1 else [torch.cat(parts) for parts in zip(*each, strict=True)]
+
+    def _together(self, cotangents: list[Tensor]) -> list[Tensor]:
         count = len(cotangents[0])
         gradients = torch.autograd.grad(
             self._outputs,
@@ -112,14 +134,17 @@ class LinearizedBatch:
         backend: ``"auto"`` starts with double backward and traces a function with convolutions once 16 rows were asked
             for, unless tracing fails (forward derivatives of recurrent layers are missing, for instance); and it
             traces a function without a second derivative.
-        rows_at_once: rows that are worked on together, at least 1. Default ``None``: one on a CPU; on an accelerator
-            as many as 1 GiB of intermediate results allows.
+        rows_at_once: rows that are worked on together, at least 1. Default ``None``: as many as 1 GiB of intermediate
+            results allows on an accelerator; on a CPU what its cache holds, one of large batches.
+        check: compare :math:`u^\top J v` both ways for one random pair before the first product: operators that cut the
+            graph of their backward pass give zeros for second derivatives, and no error.
 
     Attributes:
         outputs: :math:`f(\theta)`, detached.
 
     Raises:
         ValueError: For an unknown backend.
+        RuntimeError: From a product, if the function cannot be differentiated in the way asked for.
 
     Source: Pearlmutter 1994 (Fast exact multiplication by the Hessian); Schraudolph 2002 for the products with J.
 
@@ -139,10 +164,12 @@ class LinearizedBatch:
         params: Mapping[str, Tensor],
         backend: Literal["auto", "linearize", "double_backward"] = "auto",
         rows_at_once: int | None = None,
+        check: bool = True,
     ) -> None:
         if backend not in ("auto", "linearize", "double_backward"):
             raise ValueError(f"backend must be 'auto', 'linearize' or 'double_backward'; got {backend!r}.")
         self._function, self._asked, self._backend = function, backend, backend
+        self._check_first = check
         self._params, self._graph = _run(function, params)
         self.outputs = self._graph.detach()
         self._shapes = [value.shape for value in self._params.values()]
@@ -157,7 +184,7 @@ class LinearizedBatch:
     def nbytes(self) -> int:
         """About what the linearisation keeps in memory beside the parameters, in bytes.
 
-        Costs a forward pass when first asked for. The double backward pass keeps about as much again, and its inputs.
+        Costs a forward pass when first asked for; counts the double backward pass as twice the forward one.
         """
         if self._saved is None:
             self._saved = 3 * _saved_bytes(self._function, self._params)
@@ -167,7 +194,7 @@ class LinearizedBatch:
     def rows_at_once(self) -> int:
         """Rows that are worked on together."""
         if self._at_once is None:
-            self._at_once = _rows_at_once(self.outputs, lambda: self.nbytes)
+            self._at_once = _rows_at_once(self.outputs.device, self.nbytes)
         return self._at_once
 
     def vjp(self, cotangents: Tensor) -> Tensor:
@@ -186,6 +213,7 @@ class LinearizedBatch:
             try:
                 return self._twice_backward(rows)
             except RuntimeError:  # an operator without a second derivative; it may have a forward one
+                self._push = None
                 if self._asked != "auto":
                     raise
                 self._linear = self._trace()
@@ -202,9 +230,19 @@ class LinearizedBatch:
                 inputs = list(self._params.values())
                 pulled = torch.autograd.grad(self._graph, inputs, dummy, create_graph=True, materialize_grads=True)
             self._push = PullBack(pulled, [dummy], self.rows_at_once)
+            if self._check_first:
+                self._check_adjoint()
         if self._push is None:  # no parameter takes part
             return rows.new_zeros(len(rows), *self.outputs.shape)
         return self._push(self._tangents(rows)).reshape(len(rows), *self.outputs.shape)
+
+    def _check_adjoint(self) -> None:
+        u, v = (_probe(count, self.outputs) for count in (self.outputs.numel(), sum(self._sizes)))
+        along = self._twice_backward(v).reshape(1, -1)
+        there, back = (u * along).sum(), (self.vjp(u.reshape(1, *self.outputs.shape)) * v).sum()
+        tolerance = torch.finfo(u.dtype).eps ** 0.5 * (u.norm() * along.norm() + back.abs())
+        if not bool((there - back).abs() <= tolerance) and bool(back.isfinite()):
+            raise RuntimeError(_CUT)
 
     def _tangents(self, rows: Tensor) -> list[Tensor]:
         parts = torch.split(rows, self._sizes, 1)
@@ -217,7 +255,7 @@ class LinearizedBatch:
         if self._backend == "linearize":
             self._linear = self._trace()
         elif self._rows_seen >= _TRACED_AFTER:
-            if _has_convolution(self._graph):
+            if _has_node([self._graph], "Convolution"):
                 with contextlib.suppress(RuntimeError, TypeError, ValueError):  # what a tracer cannot do
                     self._linear, self._push = self._trace(), None
             self._backend = "double_backward"  # the choice is made
@@ -232,11 +270,14 @@ class LinearizedBatch:
     def _through_trace(self, linear: Callable[[dict[str, Tensor]], Tensor], rows: Tensor) -> Tensor:
         with torch.no_grad():
             tangents = dict(zip(self._params, self._tangents(rows), strict=True))
-            if self.rows_at_once == 1 or not len(rows):
-                products = [linear({name: value[i] for name, value in tangents.items()}) for i in range(len(rows))]
-                return torch.stack(products) if products else rows.new_zeros(0, *self.outputs.shape)
-            batched: Tensor = torch.func.vmap(linear, chunk_size=self.rows_at_once)(tangents)
-            return batched
+            if self.rows_at_once > 1 and len(rows) > 1:
+                with contextlib.suppress(RuntimeError), warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    together: Tensor = torch.func.vmap(linear, chunk_size=self.rows_at_once)(tangents)
+                    return together
+                self._at_once = 1
+            products = [linear({name: value[i] for name, value in tangents.items()}) for i in range(len(rows))]
+            return torch.stack(products) if products else rows.new_zeros(0, *self.outputs.shape)
 
 
 class LinearizedGradient:
@@ -249,6 +290,9 @@ class LinearizedGradient:
 
     Attributes:
         outputs: the values ``(B,)``, detached.
+
+    Raises:
+        RuntimeError: If an operator says that it has no second derivative.
 
     Source: Pearlmutter 1994 (Fast exact multiplication by the Hessian), as one more backward pass.
 
@@ -264,9 +308,12 @@ class LinearizedGradient:
         gradients = [torch.zeros_like(x) for x in inputs]
         if values.requires_grad:
             with torch.inference_mode(False), torch.enable_grad():
-                gradients = list(torch.autograd.grad(values.sum(), inputs, create_graph=True, materialize_grads=True))
+                ones = torch.ones_like(values, requires_grad=True)  # operators that cut the graph show then
+                gradients = list(torch.autograd.grad(values, inputs, ones, create_graph=True, materialize_grads=True))
+        if _has_node(gradients, "Error"):
+            raise RuntimeError(_CUT)
         self._sizes = [x.numel() for x in inputs]
-        self._pull = PullBack(gradients, inputs, rows_at_once or _rows_at_once(values, lambda: self.nbytes))
+        self._pull = PullBack(gradients, inputs, rows_at_once or _rows_at_once(values.device, self.nbytes))
 
     @property
     def nbytes(self) -> int:
@@ -279,15 +326,20 @@ class LinearizedGradient:
         return self._pull([part.reshape(len(rows), *x.shape) for part, x in parts])
 
 
-def _has_convolution(outputs: Tensor) -> bool:
-    """Look through the autograd graph for a convolution."""
-    seen, waiting = set(), [outputs.grad_fn]
+def _probe(count: int, like: Tensor) -> Tensor:
+    """Return a row of numbers of both signs, the same in every run."""
+    return (torch.arange(1, count + 1, device=like.device, dtype=torch.float32).square() % 97).cos().to(like)[None]
+
+
+def _has_node(outputs: Sequence[Tensor], word: str) -> bool:
+    """Look through an autograd graph for an operator whose name contains the word."""
+    seen, waiting = set(), [output.grad_fn for output in outputs]
     while waiting:
         node = waiting.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        if "Convolution" in node.name():
+        if word in node.name():
             return True
         waiting.extend(before for before, _ in node.next_functions)
     return False

@@ -61,8 +61,9 @@ class OutputLoss(ABC):
     def bregman(self, y: Tensor, y_ref: Tensor, t: Tensor | None = None) -> Tensor:
         r"""Return :math:`D_L(y_b, y_{0,b})`, ``(B,)`` in the loss's units (nats for log-likelihoods).
 
-        Differentiable in ``y``, with ``y_ref`` a constant. Value and gradient keep their relative precision however
-        close ``y`` comes to ``y_ref``. The targets matter only where they mark outputs to be left out.
+        Differentiable in ``y``, with ``y_ref`` a constant. Value and gradient of the losses that are written out here
+        keep their relative precision however close ``y`` comes to ``y_ref``, and see of the targets only which outputs
+        to leave out.
         """
 
 

@@ -136,7 +136,8 @@ class CallableLoss(OutputLoss):
 
     Args:
         function: ``(y, t) -> (B,)``, where entry b depends on ``y[b]`` and ``t[b]`` alone; no mean over the batch. The
-            divergence also calls it in float64.
+            divergence calls it in float64, where it is the definition: for a change d of the outputs rounding leaves a
+            relative error of about 1e-16 / d^2 in its value, and 1e-16 / d in its gradient.
         convex: what is claimed of the function. A Hessian product or root that shows negative curvature raises.
 
     >>> quartic = CallableLoss(lambda y, t: (y - t).pow(4).sum(1))

@@ -86,7 +86,8 @@ class ParameterView:
                     f"{name} must have shape {tuple(leading + shape)}; got {tuple(tensors[name].shape)}. All tensors "
                     "need the same leading dimensions."
                 )
-        return torch.cat([tensors[name].reshape(*leading, -1) for name in self.names], -1)
+        shapes = zip(self.names, self.shapes, strict=True)
+        return torch.cat([tensors[name].reshape(*leading, shape.numel()) for name, shape in shapes], -1)
 
     def unflatten(self, rows: Tensor) -> dict[str, Tensor]:
         """Split rows ``(*leading, D)`` into tensors ``(*leading, *shape)``, views of the rows where strides allow it.
