@@ -83,18 +83,26 @@ class Projection:
         return out
 
     def transpose(self, rows: Tensor) -> Tensor:
-        """Multiply rows ``(R, k)`` by :math:`P`: ``(R, D)``, the way back, with the same entries."""
+        r"""Multiply sketches by :math:`P^\top`, the way back.
+
+        Args:
+            rows: ``(R, k)``.
+
+        Returns:
+            ``(R, D)``.
+        """
         if rows.ndim != 2 or rows.shape[1] != self.dim:
             raise ValueError(f"rows must have shape (R, {self.dim}), got {tuple(rows.shape)}.")
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         out = rows.new_empty(len(rows), self.size)
-        for part, generator in self._blocks(rows.device):
-            width = part.stop - part.start
-            if self.kind == "countsketch":
-                signs, bucket = self._places(width, generator, rows)
-                torch.mul(rows[:, bucket], signs, out=out[:, part])
-            else:
-                out[:, part] = rows @ self._matrix(width, generator, rows).mT * self.dim**-0.5
+        with torch.autocast(rows.device.type, enabled=False):
+            for part, generator in self._blocks(rows.device):
+                width = part.stop - part.start
+                if self.kind == "countsketch":
+                    signs, bucket = self._places(width, generator, rows)
+                    torch.mul(rows[:, bucket], signs, out=out[:, part])
+                else:
+                    out[:, part] = rows @ self._matrix(width, generator, rows).mT * self.dim**-0.5
         return out
 
     def _blocks(self, device: torch.device) -> Iterator[tuple[slice, torch.Generator]]:

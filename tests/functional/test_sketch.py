@@ -78,8 +78,10 @@ class TestLaws:
         assert project(rows).dtype == torch.float32
         assert torch.equal(project(rows), project(rows.float()))
         exact = project(torch.linspace(0, 1, 500)[None])
+        lifted = project.transpose(exact)
         with torch.autocast("cpu", torch.bfloat16):
             assert torch.equal(project(torch.linspace(0, 1, 500)[None]), exact)
+            assert torch.equal(project.transpose(exact), lifted)
 
 
 def test_a_matrix_of_ten_gigabytes_is_never_made():
