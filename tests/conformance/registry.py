@@ -1,6 +1,7 @@
 """The public components, one entry each; ``test_conformance.py`` runs every check of its kind over every entry."""
 
 import torch
+from torch.utils.data import DataLoader
 
 from lightning_ext import callbacks, data, metrics, modules, nn
 from tests.conformance import components, curvature_batches, influence_batches, influence_responses, toys
@@ -14,6 +15,8 @@ NOT_COMPONENTS = {
     "ResumableDataModule": "abstract: DigitsDataModule is one",
     "MNISTDataModule": "its files cannot be shipped; tests/data/test_mnist.py trains on files that it writes",
     "DSpritesDataModule": "its file cannot be shipped; tests/data/test_dsprites.py trains on one that it writes",
+    "InfluenceGapAnalyzer": "a runner around Trainers; tests/modules/test_influence_gaps.py runs it",
+    "InfluenceGaps": "a dataclass of tensors that InfluenceGapAnalyzer returns",
     "IndexedDataset": "wraps a dataset; tests/data/test_indexed.py iterates loaders over it",
     "IndexedBatch": "a named tuple that a loader over IndexedDataset gives",
     "InfluenceModule": "it predicts and is not trained; tests/modules/test_influence*.py run it through the Trainer",
@@ -212,6 +215,35 @@ _RESPONSES = [
     Entry(["PBRFModule"], "module", influence_responses.bregman, **_RESPONSE),
 ]
 
+_RECIPE_WITH_CARD = "a recipe is refused before its method has a card; then recipe='influence' stands here"
+
+_INFLUENCE = [
+    *(
+        Entry(
+            ["TracInCallback"],
+            "callback-observer",
+            lambda chosen=chosen: callbacks.TracInCallback(samples=DataLoader(toys.rows(), 5), **chosen),
+            other=lambda: callbacks.TracInCallback(samples=DataLoader(toys.rows(), 5), filename="other.pt"),
+            module=toys.Plain,
+            label=f"TracInCallback{label}",
+            skip={"cli_recipe": _RECIPE_WITH_CARD},
+        )
+        for label, chosen in (("", {}), ("-projected", {"project_dim": 7, "include": "weight"}))
+    ),
+    *(
+        Entry(
+            ["CurvatureCollector"],
+            "callback-observer",
+            lambda chosen=chosen: callbacks.CurvatureCollector(samples=DataLoader(toys.rows(), 5), **chosen),
+            other=lambda: callbacks.CurvatureCollector(samples=DataLoader(toys.rows(), 5), include="bias"),
+            module=toys.Plain,
+            label=f"CurvatureCollector-{chosen['method']}",
+            skip={"cli_recipe": _RECIPE_WITH_CARD},
+        )
+        for chosen in ({"method": "ekfac", "every_n_epochs": 1}, {"method": "kfac", "output_dir": "curvature"})
+    ),
+]
+
 _DATA = [
     Entry(
         ["DigitsDataModule", "EpochSampler", "ResumableLoader"],
@@ -335,7 +367,7 @@ _NN = [
     ),
 ]
 
-REGISTRY = [*_METHOD, *_BASELINES, *_CALLBACKS, *_APO, *_RESPONSES, *_DATA, *_METRICS, *_NN]
+REGISTRY = [*_METHOD, *_BASELINES, *_CALLBACKS, *_APO, *_RESPONSES, *_INFLUENCE, *_DATA, *_METRICS, *_NN]
 
 TOYS = [
     Entry(
