@@ -137,11 +137,7 @@ def _nystrom(
     if 4 * rank > size:  # a Gaussian matrix is well conditioned by itself only if it is much longer than wide
         test = torch.linalg.qr(test.mT).Q.mT
     image = product(test)
-    norm = torch.linalg.vector_norm(image)
-    if not bool(norm.isfinite()):
-        raise LinAlgError("nystrom: the products of the operator are NaN or infinite.")
-    shift, factor = _shifted_cholesky(test @ image.mT, test @ test.mT, float(norm) or 1.0)
-    image = torch.add(image, test, alpha=shift)
+    shift, image, factor = _shifted(test, image)
     basis, corner = torch.linalg.qr(image.mT)
     core = torch.linalg.solve_triangular(factor, corner.mT.double(), upper=False).mT
     left, singular, _ = torch.linalg.svd(core)
@@ -149,15 +145,18 @@ def _nystrom(
     return NystromApproximation(eigenvalues.to(dtype), left.mT.to(dtype) @ basis.mT)
 
 
-def _shifted_cholesky(gram: Tensor, identity: Tensor, norm: float) -> tuple[float, Tensor]:
-    """The smallest of a few shifts that makes the Gram matrix positive definite, and the factor, in float64."""
-    shift = torch.finfo(gram.dtype).eps * norm
-    gram, identity = gram.double(), identity.double()
-    gram = (gram + gram.mT) / 2
+def _shifted(test: Tensor, image: Tensor) -> tuple[float, Tensor, Tensor]:
+    """The least of a few shifts of G at which its Gram matrix has a Cholesky factor; the shifted image; the factor."""
+    norm = torch.linalg.vector_norm(image).item()
+    if not norm < float("inf"):
+        raise LinAlgError("nystrom: the products of the operator are NaN or infinite.")
+    shift = torch.finfo(image.dtype).eps * (norm or 1.0)
     for _ in range(4):
-        factor, status = torch.linalg.cholesky_ex(gram + shift * identity)
+        shifted = torch.add(image, test, alpha=shift)
+        gram = (test @ shifted.mT).double()
+        factor, status = torch.linalg.cholesky_ex((gram + gram.mT) / 2)
         if int(status) == 0:
-            return shift, factor
+            return shift, shifted, factor
         shift *= 10
     raise LinAlgError(
         "nystrom: the operator is not positive semidefinite. Take the Gauss-Newton matrix in place of the Hessian."
@@ -182,8 +181,8 @@ def nystrom_cg(
 ) -> tuple[Tensor, SolveInfo]:
     r"""Solve with :math:`G + \mu I` by `block_cg`, preconditioned with a `nystrom` approximation of G.
 
-    For few right-hand sides, or many blocks of them that share one ``approximation``; a single block of many takes fewer
-    products with `block_cg` and no sketch. When ``rank`` exceeds about twice the effective dimension
+    For few right-hand sides, or many blocks of them that share one ``approximation``; a single block of many takes
+    fewer products with `block_cg` and no sketch. When ``rank`` exceeds about twice the effective dimension
     :math:`\operatorname{tr} G (G + \mu I)^{-1}`, the number of iterations does not depend on G.
 
     Args:
@@ -308,14 +307,14 @@ def _krylov(product: BlockProduct, basis: Tensor, rank: int, tol: float) -> tupl
     """Fill the basis until the largest pairs are found; their eigenvalues, coordinates (rank, steps), and the steps."""
     limit = len(basis)
     tridiagonal = torch.zeros(limit + 1, limit + 1, dtype=torch.float64)
-    step, norm = 0, 0.0
+    step, norm = 0, basis.new_zeros(())
     while True:
         image = product(basis[step : step + 1])
         tridiagonal[step, step] = torch.linalg.vecdot(image, basis[step : step + 1]).item()
         rest = _orthogonal(image, basis[: step + 1])
         beta = torch.linalg.vector_norm(rest).item()
-        norm = max(norm, torch.linalg.vector_norm(image).item())
-        if not norm < float("inf"):
+        norm = torch.stack((norm, torch.linalg.vector_norm(image))).amax()  # unlike max(), lets NaN through
+        if not bool(norm.isfinite()):
             raise LinAlgError("lanczos: the products of the operator are NaN or infinite.")
         step += 1
         if step == limit or (step >= rank and step % 5 == 0):
