@@ -2,6 +2,7 @@
 
 from lightning_ext.modules.classifier import Classifier
 from lightning_ext.modules.influence import InfluenceModule
+from lightning_ext.modules.influence_gaps import InfluenceGapAnalyzer, InfluenceGaps
 from lightning_ext.modules.influence_pbrf import PBRFModule
 from lightning_ext.modules.influence_response import ResponseModule
 from lightning_ext.modules.mrvae import AtBeta, MultiRateMixin, MultiRateVAE
@@ -17,6 +18,8 @@ __all__ = [
     "BetaVAE",
     "Classifier",
     "FreeBitsVAE",
+    "InfluenceGapAnalyzer",
+    "InfluenceGaps",
     "InfluenceModule",
     "MultiRateMixin",
     "MultiRateVAE",

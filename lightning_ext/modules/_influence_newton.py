@@ -1,33 +1,50 @@
-"""Steps behind the damped Gauss-Newton matrix of the trained network."""
+"""Quasi-Newton steps for many copies, behind the damped Gauss-Newton matrix of the trained network."""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from lightning_ext.functional import InfluenceObjective, ParameterView, cg, nystrom
+from lightning_ext.functional import GGNOperator, InfluenceObjective, ParameterView, cg, nystrom
 from lightning_ext.modules._influence_data import Shard
 
-_RANK, _TOL = 100, 1e-3
+_RANK, _TOL, _MEMORY = 100, 1e-3, 10
+_ARMIJO, _FLATTER, _LARGER, _SHORTEST = 1e-4, 0.9, 2.0, 2.0**-10
 
 
 class Newton(nn.Module):
-    """Preconditions the copies' gradients by the curvature at the reference, with a step length for each copy.
+    r"""L-BFGS for each copy apart, from :math:`(G + \lambda I)^{-1}` as the first guess of the inverse Hessian.
 
-    A step length starts at 1 and is halved whenever the copy's gradient grew: far from the reference the curvature may
-    be larger than the matrix says. Buffers, so that a resumed run goes on alike.
+    The first step from the reference is the influence function's estimate. Later ones learn how the curvature differs:
+    a removed sample's own share, and that of a network that has moved. A step that does not lower the objective is
+    halved, one evaluation each; a copy that rounding keeps from going down stays. All state is in buffers, so that a
+    resumed run goes on alike: 23 blocks ``(G, D)``.
 
     Args:
         num_copies: G.
+        size: D.
+        dtype: of the parameters.
     """
 
-    scale: Tensor
-    last_ratio: Tensor
+    point: Tensor
+    gradient: Tensor
+    direction: Tensor
+    value: Tensor
+    slope: Tensor
+    length: Tensor
+    moves: Tensor
+    bends: Tensor
+    steps: Tensor
 
-    def __init__(self, num_copies: int) -> None:
+    def __init__(self, num_copies: int, size: int, dtype: torch.dtype) -> None:
         super().__init__()
-        self.register_buffer("scale", torch.ones(num_copies))
-        self.register_buffer("last_ratio", torch.full((num_copies,), torch.finfo(torch.float32).max))
+        for name in ("point", "gradient", "direction"):
+            self.register_buffer(name, torch.zeros(num_copies, size, dtype=dtype))
+        for name in ("value", "slope", "length"):
+            self.register_buffer(name, torch.zeros(num_copies, dtype=dtype))
+        for name in ("moves", "bends"):
+            self.register_buffer(name, torch.zeros(_MEMORY, num_copies, size, dtype=dtype))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
         self.solve: Callable[[Tensor], Tensor] | None = None
 
     def build(
@@ -40,22 +57,67 @@ class Newton(nn.Module):
         reduce: Callable[[Tensor], Tensor],
     ) -> None:
         """Prepare the solves: conjugate gradients behind a random sketch of the matrix."""
-        from lightning_ext.functional import GGNOperator
-
-        operator = GGNOperator(module, objective, shard, view, num_samples=shard.num_samples, reduce=reduce)
+        operator = GGNOperator(
+            module, objective, shard, view, damping=damping, num_samples=shard.num_samples, reduce=reduce
+        )
         generator = torch.Generator(view.device).manual_seed(0)  # the same sketch on every rank
-        rank = min(_RANK, view.numel)
-        sketch = nystrom(operator, view.numel, rank, generator=generator, dtype=view.dtype, device=view.device)
+        sketch = nystrom(
+            lambda rows: operator(rows).sub_(rows, alpha=damping),
+            view.numel,
+            min(_RANK, view.numel),
+            generator=generator,
+            dtype=view.dtype,
+            device=view.device,
+        )
         preconditioner = sketch.preconditioner(damping)
+        self.solve = lambda rows: cg(operator, rows, preconditioner=preconditioner, tol=_TOL)[0]
 
-        def damped(rows: Tensor) -> Tensor:
-            return operator(rows) + damping * rows
+    def step(self, point: Tensor, gradient: Tensor, value: Tensor, done: Tensor) -> Tensor:
+        """Where to evaluate next, ``(G, D)``, given value and gradient at ``point``; ``done`` copies stay there."""
+        accepted = done | self._accepts(gradient, value)
+        if int(self.steps):
+            self._remember(point - self.point, gradient - self.gradient, accepted)
+        self.length.copy_(torch.where(accepted, 1.0, 0.5 * self.length))
+        for kept, new in ((self.point, point), (self.gradient, gradient)):
+            kept.copy_(torch.where(accepted[:, None], new, kept))
+        self.value.copy_(torch.where(accepted, value, self.value))
+        downhill = -self._inverse_times(self.gradient)
+        self.direction.copy_(torch.where(accepted[:, None], downhill, self.direction))
+        self.slope.copy_(torch.linalg.vecdot(self.gradient, self.direction))
+        self.steps += 1
+        going = self.length * (~done & (self.length >= _SHORTEST))
+        return self.point + going[:, None] * self.direction
 
-        self.solve = lambda rows: cg(damped, rows, preconditioner=preconditioner, tol=_TOL)[0]
+    def _accepts(self, gradient: Tensor, value: Tensor) -> Tensor:
+        """A sufficient decrease; or, where rounding hides it, a smaller slope along the step and no larger gradient."""
+        if not int(self.steps):
+            return torch.ones_like(value, dtype=torch.bool)
+        decrease = value <= self.value + _ARMIJO * self.length * self.slope
+        flatter = torch.linalg.vecdot(gradient, self.direction).abs() <= _FLATTER * self.slope.abs()
+        bounded = gradient.norm(dim=1) <= _LARGER * self.gradient.norm(dim=1)
+        accepted: Tensor = (decrease | (flatter & bounded)) & (self.length >= _SHORTEST)
+        return accepted
 
-    def step(self, gradient: Tensor, ratio: Tensor) -> Tensor:
-        """The step of each copy, to be subtracted."""
+    def _remember(self, move: Tensor, bend: Tensor, accepted: Tensor) -> None:
+        """Keep the pair of each copy that shows positive curvature; zeros, which change nothing, for the others."""
+        curvature = torch.linalg.vecdot(move, bend)
+        sound = accepted & (curvature > 1e-6 * move.norm(dim=1) * bend.norm(dim=1))
+        place = (int(self.steps) - 1) % _MEMORY
+        self.moves[place] = torch.where(sound[:, None], move, 0.0)
+        self.bends[place] = torch.where(sound[:, None], bend, 0.0)
+
+    def _inverse_times(self, rows: Tensor) -> Tensor:
         assert self.solve is not None
-        self.scale.copy_(torch.where(ratio > self.last_ratio, 0.5 * self.scale, self.scale))
-        self.last_ratio.copy_(ratio)
-        return self.scale.to(gradient)[:, None] * self.solve(gradient)
+        known = min(int(self.steps), _MEMORY)
+        order = [(int(self.steps) - 1 - k) % _MEMORY for k in range(known)]  # newest first
+        curvature = torch.linalg.vecdot(self.moves, self.bends)
+        weight = torch.where(curvature > 0, 1 / curvature, 0.0)
+        rest, parts = rows.clone(), {}
+        for k in order:
+            parts[k] = weight[k] * torch.linalg.vecdot(self.moves[k], rest)
+            rest -= parts[k][:, None] * self.bends[k]
+        result = self.solve(rest)
+        for k in reversed(order):
+            correction = parts[k] - weight[k] * torch.linalg.vecdot(self.bends[k], result)
+            result = result + correction[:, None] * self.moves[k]
+        return result

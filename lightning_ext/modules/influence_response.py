@@ -128,9 +128,10 @@ class ResponseModule(StackedCopies):
         self.optimizer_choice, self.lr, self.momentum, self.schedule = optimizer, lr, momentum, schedule
         self.tolerance, self.check_every_n_epochs = tolerance, check_every_n_epochs
         self.change = nn.Parameter(self._start(seeds, initialize))
-        self.newton = Newton(self.num_copies) if optimizer == "newton" else None
+        self.newton = Newton(self.num_copies, self.view.numel, self.view.dtype) if optimizer == "newton" else None
         self.gradient_ratio: Tensor | None = None
         self._removal: Removal | None = None
+        self._totals = self.change.detach()[:, 0]
         self._full_batch, self._converged, self._steps = False, False, 0.0
 
     def _start(self, seeds: list[int], initialize: Callable[[nn.Module], Any] | None) -> Tensor:
@@ -213,6 +214,7 @@ class ResponseModule(StackedCopies):
                 f"The objective or its gradient is not finite for copies {copies}, which remove the samples "
                 f"{[self.groups[g][:8] for g in copies]}. Lower lr, raise damping, or look at the data."
             )
+        self._totals = total
         self._log_terms(terms, batch_size(batch.batch))
         return _with_gradient(total.sum(), self.change, gradient)
 
@@ -254,7 +256,9 @@ class ResponseModule(StackedCopies):
             return
         ratio = self._ratio(gradient)
         if self.newton is not None:
-            self.change.grad = self.newton.step(gradient, ratio)
+            point = self.change.detach()
+            value, done = self._over_ranks(self._totals, "mean"), ratio <= (self.tolerance or 0.0)
+            self.change.grad = point - self.newton.step(point, gradient, value, done)
         self._judge(ratio)
 
     def optimizer_step(

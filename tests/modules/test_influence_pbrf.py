@@ -1,0 +1,128 @@
+"""Newton steps to the proximal Bregman response: the first is influence, the last is the closed form."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_ext._lightning import MisconfigurationException, submodule
+from lightning_ext.functional import GGNOperator, InfluenceObjective
+from lightning_ext.modules import PBRFModule
+from lightning_ext.testing import StatefulLoader, assert_resumes, ddp_trainer_kwargs
+from tests.modules.test_influence_response import (
+    HALF,
+    LAMBDA,
+    WD,
+    exact_pbrf,
+    fit,
+    linear_problem,
+    loader,
+    net,
+    samples,
+)
+
+FEW = [1, [2, 3]]  # of twelve samples: removing more takes a network far away
+
+
+def newton(base=None, **kwargs):
+    kwargs = {"remove": FEW, "damping": LAMBDA, "weight_decay": WD, "tolerance": 1e-4, **kwargs}
+    return PBRFModule(net().double() if base is None else base, optimizer="newton", **kwargs)
+
+
+def test_the_first_step_is_the_influence_functions_estimate():
+    base = net().double().eval()
+    module = newton(base, tolerance=None)
+    fit(module, max_epochs=1)
+    x, t = samples().tensors
+    damped = GGNOperator(base, InfluenceObjective(), [(x.double(), t)], damping=LAMBDA + WD).dense()
+    for found, group in zip(module.response(), ([1], [2, 3]), strict=True):
+        loss = nn.functional.cross_entropy(base(x[group].double()), t[group], reduction="sum") / 12
+        gradient = torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, list(base.parameters()))])
+        torch.testing.assert_close(found, torch.linalg.solve(damped, gradient), rtol=5e-3, atol=1e-6)
+
+
+def test_a_few_steps_reach_the_closed_form():
+    base, data, _ = linear_problem()
+    module = newton(base, objective=HALF, remove=[1, [0, 3, 4]], tolerance=1e-8)
+    trainer = fit(module, loader(data), max_epochs=30)
+    for found, group in zip(module.response(), ([1], [0, 3, 4]), strict=True):
+        torch.testing.assert_close(found, exact_pbrf(base, data, group), rtol=1e-6, atol=1e-10)
+    assert trainer.global_step < 15
+
+
+def test_a_network_is_minimised_as_far_as_adam_would_and_farther():
+    module = newton()
+    trainer = fit(module, max_epochs=100)
+    assert module.gradient_ratio.max() <= 1e-4
+    assert trainer.global_step < 60
+    slow = PBRFModule(net().double(), None, FEW, LAMBDA, WD, lr=0.02, tolerance=1e-3)
+    fit(slow, max_epochs=4000)
+    torch.testing.assert_close(module.response(), slow.response(), rtol=0.02, atol=2e-3)
+
+
+def test_half_the_precision_goes_down_to_its_rounding_and_stays():
+    module = newton(net(), tolerance=1e-9)
+    with pytest.warns(UserWarning, match="above tolerance"):
+        fit(module, max_epochs=60)
+    assert module.gradient_ratio.max() < 2e-3
+    wide = newton(tolerance=1e-5)
+    fit(wide, max_epochs=100)
+    torch.testing.assert_close(module.response().double(), wide.response(), rtol=1e-2, atol=1e-5)
+
+
+def test_newton_resumes_to_the_bit():
+    def data():
+        return StatefulLoader(samples(), 12)
+
+    def module():
+        return newton(net(), dataset=samples(), tolerance=None)
+
+    assert_resumes(module, data, max_epochs=5, crash_at=(2, 0), checkpoint="epoch")
+
+
+@pytest.mark.ddp
+@pytest.mark.filterwarnings("ignore:.*above tolerance")
+def test_newton_on_two_processes_is_newton_on_one(tmp_path):
+    class Writes(submodule("callbacks").Callback):
+        def on_fit_end(self, trainer, pl_module):
+            torch.save(
+                (pl_module.response(), trainer.global_step), f"rank{trainer.global_rank}of{trainer.world_size}.pt"
+            )
+
+    for world, kwargs in ((1, {}), (2, ddp_trainer_kwargs())):
+        data = DataLoader(samples(), batch_size=12 // world, shuffle=False)
+        fit(newton(tolerance=1e-5), data, callbacks=[Writes()], **{**kwargs, "max_epochs": 80})
+    (one, steps), (first, also), (second, _) = (torch.load(f"rank{name}.pt") for name in ("0of1", "0of2", "1of2"))
+    torch.testing.assert_close(first, one, rtol=1e-3, atol=1e-7)
+    assert torch.equal(first, second)
+    assert abs(steps - also) <= 2
+    assert steps < 80
+
+
+def test_newton_wants_the_whole_set_in_one_step():
+    for data, kwargs in ((loader(batch_size=5), {}), (loader(), {"accumulate_grad_batches": 2})):
+        with pytest.raises(MisconfigurationException, match="whole training set in one batch"):
+            fit(newton(), data, **kwargs)
+    with pytest.raises(MisconfigurationException, match="whole training set in one batch"):
+        fit(newton(), loader(batch_size=5), limit_train_batches=1)
+
+
+def test_a_convolutional_network_and_integer_inputs():
+    torch.manual_seed(0)
+    conv = nn.Sequential(nn.Unflatten(1, (1, 2, 2)), nn.Conv2d(1, 2, 2), nn.Flatten(), nn.Tanh(), nn.Linear(2, 3))
+    module = newton(conv.double())
+    fit(module, max_epochs=60)
+    assert module.gradient_ratio.max() <= 1e-4
+
+    class Words(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.out = nn.Embedding(7, 3), nn.Linear(3, 7)
+
+        def forward(self, x):
+            return self.out(self.embed(x).cumsum(1).tanh())
+
+    tokens = torch.randint(0, 7, (12, 5))
+    module = newton(Words().double())
+    fit(module, loader(TensorDataset(tokens, tokens.roll(-1, 1))), max_epochs=60)
+    assert module.gradient_ratio.max() <= 1e-4
