@@ -42,8 +42,14 @@ class Shard:
         self.num_samples = len(self.dataset)
         if self.num_samples == 0:
             raise ValueError("The loader's data set is empty.")
+        if loader.batch_sampler is None:
+            raise MisconfigurationException(
+                "With batch_size=None the data set gives whole batches, in which no sample has a position. Pass a "
+                "DataLoader that makes the batches."
+            )
         self._collate, self._move, self._workers = loader.collate_fn, move, loader.num_workers
-        self.batch_size = int(loader.batch_size or getattr(loader.batch_sampler, "batch_size", 1))
+        found = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)  # else the mean of what it makes
+        self.batch_size = int(found or max(1, self.num_samples // max(1, len(loader.batch_sampler))))
         self._indices = list(range(rank, self.num_samples, world))
 
     def __len__(self) -> int:
@@ -75,9 +81,12 @@ class Shard:
         return self._move(next(iter(DataLoader(chosen, batch_size=len(indices), collate_fn=self._collate))))
 
 
-def digest(*tensors: Tensor) -> str:
-    """A short name of the tensors' exact values."""
+def digest(*parts: Any) -> str:
+    """A short name of the exact values of all tensors in the parts."""
     found = hashlib.sha256()
-    for tensor in tensors:
-        found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+
+    def add(tensor: Tensor) -> None:
+        found.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+
+    apply_to_collection(parts, Tensor, add)
     return found.hexdigest()[:16]

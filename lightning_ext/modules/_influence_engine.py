@@ -1,8 +1,10 @@
 """Everything about a trained module and a data set that influence needs, on one rank or on several together."""
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -21,8 +23,8 @@ from lightning_ext.functional import (
     evaluating,
     influence_scores,
     leave_out_step,
-    map_tensors,
     relative_influence,
+    select,
     self_influence,
 )
 from lightning_ext.modules._influence_data import Shard, digest
@@ -74,6 +76,11 @@ class Options:
             raise ValueError(f"rescale takes a sample's Gauss-Newton matrix away; curvature is {self.curvature!r}.")
 
 
+def state_of(module: nn.Module) -> str:
+    """A short name of everything in a module that its outputs depend on."""
+    return digest(list(module.parameters()), list(module.buffers()))
+
+
 class Engine:
     """Solves and scores for one state of a module and one data set.
 
@@ -109,15 +116,43 @@ class Engine:
         return int(self._gather(torch.tensor([number], device=self.view.device)).max()) if self.world > 1 else number
 
     def identity(self) -> dict[str, Any]:
-        """Plain values that differ when scores would."""
-        tensors: list[Tensor] = []
-        map_tensors(tensors.append, next(iter(self.shard), ()))
+        """Plain values that differ when scores would; the same on every rank."""
+        options = dataclasses.asdict(self.options)
+        del options["cache_bytes"]
         return {
-            **dataclasses.asdict(self.options),
+            **options,
             "num_samples": self.num_samples,
-            "parameters": digest(*self.view.values().values()),
-            "data": digest(*tensors),
+            "objective": re.sub(" at 0x[0-9a-f]+", "", repr(self.objective)),
+            "parameters": state_of(self.base),
+            "data": digest(self.shard.get(range(min(8, self.num_samples)))),
         }
+
+    @contextlib.contextmanager
+    def naming(self, batches: Iterable[tuple[Tensor, Any]] | None = None) -> Iterator[None]:
+        """Let errors that samples cause name their positions in the data set; default: any of this rank's samples."""
+        try:
+            yield
+        except (ValueError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]  # documented, untyped
+            unsound = self._unsound(self.shard.indexed() if batches is None else batches)
+            if not unsound:
+                raise
+            raise ValueError(
+                f"Samples {unsound[:20]} of the data set have no finite gradient: look at their inputs and targets."
+            ) from error
+
+    def _unsound(self, batches: Iterable[tuple[Tensor, Any]]) -> list[int]:
+        """Positions of the samples without a finite gradient, in the first batch that has any."""
+
+        def sound(batch: Any) -> bool:
+            with contextlib.suppress(ValueError):
+                self.losses(batch)
+                return True
+            return False
+
+        for positions, batch in batches:
+            if not sound(batch):
+                return [p for i, p in enumerate(positions.tolist()) if not sound(select(batch, [i]))]
+        return []
 
     # -- solving -----------------------------------------------------------------------------------------------------
 
@@ -192,7 +227,7 @@ class Engine:
         """The inverse curvature times rows that are the same on every rank, in parts that fit the memory."""
         most = max(1, BLOCK_BYTES // (BLOCKS * rows.shape[1] * rows.element_size()))
         parts = []
-        with evaluating(self.base):
+        with evaluating(self.base), self.naming():
             for part in torch.split(rows, most):
                 solved, info = self.inverse.solve(part)
                 parts.append(solved)
@@ -234,7 +269,15 @@ class Engine:
 
     def query_gradients(self, batches: Iterable[Any]) -> Tensor:
         """Gradients ``(Q, D)`` of the measurements."""
-        gradients = torch.cat([self.measurements.explicit(batch) for batch in batches])
+        found = []
+        for number, batch in enumerate(batches):
+            try:
+                found.append(self.measurements.explicit(batch))
+            except ValueError as error:
+                raise ValueError(f"In batch {number} of the queries, {error}") from error
+        if not found:
+            raise ValueError("queries holds no batch: give a loader or a list, which can be gone through many times.")
+        gradients = torch.cat(found)
         saturated = (gradients == 0).all(1).nonzero().flatten().tolist()
         if saturated:
             rank_zero_warn(
@@ -284,8 +327,14 @@ class Engine:
 
     def leave_out(self, groups: Sequence[Sequence[int]], queries: Tensor, rescale: bool) -> Tensor:
         """Effects ``(Q, len(groups))`` of removing groups of samples."""
+        if rescale and self.options.curvature != "ggn":
+            raise ValueError(
+                f"rescale takes the group's Gauss-Newton matrix away; curvature is {self.options.curvature!r}."
+            )
         columns = []
         for group in groups:
+            if len(set(group)) < len(group):
+                raise ValueError(f"A sample can leave only once; got the group {list(group)[:20]}.")
             batch = self.shard.get(group)
             gradient = self.losses.explicit(batch).sum(0, keepdim=True)
             if rescale:

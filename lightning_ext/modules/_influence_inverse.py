@@ -333,6 +333,8 @@ def chosen_solver(solver: str, problem: Problem) -> str:
     if solver != "auto":
         return solver
     size = problem.view.numel
+    if problem.curvature == "hessian":
+        return "normal_cg"
     if size <= DENSE_LIMIT:
         return "direct"
     if problem.world == 1 and problem.shard.num_samples * problem.outputs <= DUAL_LIMIT and problem.damping > 0:
@@ -348,10 +350,10 @@ def build_inverse(method: str, problem: Problem) -> Inverse:
     only_ggn = ("ekfac", "kfac", "trak")
     if curvature != "ggn" and method in only_ggn:
         raise ValueError(f"solver={method!r} is built on the Gauss-Newton matrix; curvature is {curvature!r}.")
-    if curvature == "hessian" and method in ("nystrom", "nystrom_cg", "lissa", "neumann"):
+    if curvature == "hessian" and method not in ("direct", "cg", "normal_cg", "identity"):
         raise ValueError(
-            f"solver={method!r} needs a positive definite operator, which a network's Hessian is not. Use 'normal_cg' "
-            "or 'direct', or the curvature 'ggn'."
+            f"solver={method!r} needs a positive definite operator, which a network's Hessian is not. Use 'normal_cg', "
+            "or the curvature 'ggn'."
         )
     if problem.damping == 0 and method in ("dual", "nystrom", "nystrom_cg"):
         raise ValueError(f"solver={method!r} divides by the damping; damping and weight_decay are 0.")

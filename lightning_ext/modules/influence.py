@@ -1,18 +1,19 @@
 """Influence of training samples as a LightningModule: ``trainer.predict`` gives the scores."""
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import RandomSampler
 
 from lightning_ext._lightning import LightningModule, MisconfigurationException, refuse_sharded
 from lightning_ext.data import RowStore
 from lightning_ext.functional import InfluenceObjective, ParameterView, batch_size, differentiable
 from lightning_ext.modules._influence_data import Shard, digest, plain
-from lightning_ext.modules._influence_engine import Engine, Options
+from lightning_ext.modules._influence_engine import Engine, Options, state_of
 
 __all__ = ["InfluenceModule"]
 
@@ -124,12 +125,17 @@ class InfluenceModule(LightningModule):
         self._query_gradients: Tensor | None = None
         self._engine: Engine | None = None
         self._key: Any = None
+        self._asked = ""
         self._round = self._rounds = 0
 
     @property
     def report(self) -> dict[str, Any]:
-        """What the last run found: solver, damping, worst residual, iterations, whether it converged, and so on."""
+        """Solver, damping, and of all solves with this curvature the worst residual and whether all converged."""
         return {} if self._engine is None else dict(self._engine.report)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what holds open files and graphs; a copy builds its own."""
+        return {**super().__getstate__(), "_engine": None, "_key": None, "store": None}
 
     # -- with a Trainer ----------------------------------------------------------------------------------------------
 
@@ -154,7 +160,7 @@ class InfluenceModule(LightningModule):
         for logger in trainer.loggers:
             logger.log_metrics(told)
 
-    def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """Score a batch; see the class for what comes back."""
         indices = self._positions(batch_idx, batch)
         self._round += 1
@@ -200,7 +206,7 @@ class InfluenceModule(LightningModule):
 
     def _rows(self, engine: Engine, batch: Any, indices: Tensor) -> Tensor:
         """One row per sample of the batch."""
-        try:
+        with engine.naming([(indices, batch)]):
             if self.mode == "gradients":
                 return engine.losses.explicit(batch)
             if self.mode == "self":
@@ -208,8 +214,6 @@ class InfluenceModule(LightningModule):
             assert self._query_gradients is not None
             assert self.solved is not None
             return engine.pairwise(batch, self._query_gradients, self.solved).mT
-        except ValueError as error:
-            raise ValueError(f"{error} The batch holds samples {indices.tolist()[:20]} of the data set.") from error
 
     def _positions(self, batch_idx: int, batch: Any) -> Tensor:
         loader: Any = self.trainer.predict_dataloaders
@@ -222,6 +226,7 @@ class InfluenceModule(LightningModule):
         return torch.tensor(seen[batch_idx])
 
     def _open_store(self, engine: Engine, first: bool) -> None:
+        self.store = None
         if self.output_dir is None:
             return
         pairwise = 1 if self.solved is None else len(self.solved)
@@ -237,10 +242,8 @@ class InfluenceModule(LightningModule):
             self.store = RowStore(self.output_dir, **arguments)
 
     def _fingerprint(self, engine: Engine) -> dict[str, Any]:
-        found = {"mode": self.mode, **engine.identity()}
-        if self._query_gradients is not None:
-            found["queries"] = digest(self._query_gradients)
-        return found
+        asked = {"queries": self._asked} if self.mode == "pairwise" else {}
+        return {"mode": self.mode, "include": self.include, **engine.identity(), **asked}
 
     # -- without a Trainer -------------------------------------------------------------------------------------------
 
@@ -256,7 +259,7 @@ class InfluenceModule(LightningModule):
         with differentiable(None):
             engine = self._engine_for(loader)
             queries, solved = self._solve_queries(engine)
-            return torch.cat([engine.pairwise(batch, queries, solved) for batch in engine.shard], dim=1)
+            return self._over(engine, lambda batch: engine.pairwise(batch, queries, solved))
 
     def solve(self, loader: Any) -> Tensor:
         """The queries' gradients times the inverse curvature, without a Trainer: for stores of gradients.
@@ -283,7 +286,16 @@ class InfluenceModule(LightningModule):
         """
         with differentiable(None):
             engine = self._engine_for(loader)
-            return torch.cat([engine.own(batch) for batch in engine.shard])
+            return self._over(engine, engine.own)
+
+    @staticmethod
+    def _over(engine: Engine, function: Callable[[Any], Tensor]) -> Tensor:
+        """What a function of a batch says of all samples, which are the last dimension."""
+        parts = []
+        for indexed in engine.shard.indexed():
+            with engine.naming([indexed]):
+                parts.append(function(indexed[1]))
+        return torch.cat(parts, dim=-1)
 
     def leave_out(self, groups: Sequence[Sequence[int]], loader: Any, rescale: bool = True) -> Tensor:
         """Effects of removing whole groups of samples on the queries' measurement.
@@ -310,7 +322,8 @@ class InfluenceModule(LightningModule):
                 "'bf16-mixed' in the Trainer that predicts."
             )
         shard = Shard(loader, lambda batch: plain(batch, view.device, view.dtype), rank, world)
-        key = (id(shard.dataset), shard.batch_size, rank, world, view.device, digest(*view.values().values()))
+        about = (view.names, view.device, self.objective, self.options, state_of(self.base))
+        key = (id(shard.dataset), shard.batch_size, rank, world, *about)
         if self._engine is None or key != self._key:
             self._engine, self._key = Engine(self.base, self.objective, view, shard, self.options, rank, world), key
         return self._engine
@@ -318,7 +331,14 @@ class InfluenceModule(LightningModule):
     def _gradients_of_queries(self, engine: Engine) -> Tensor:
         if self.queries is None:
             raise ValueError("queries is None: give InfluenceModule the batches at which the measurement is taken.")
-        return engine.query_gradients(plain(batch, engine.view.device, engine.view.dtype) for batch in self.queries)
+        if isinstance(getattr(getattr(self.queries, "batch_sampler", None), "sampler", None), RandomSampler):
+            raise MisconfigurationException(
+                "The queries' loader shuffles, which leaves nobody to say whose row of the scores is whose. Use "
+                "shuffle=False."
+            )
+        batches = [plain(batch, engine.view.device, engine.view.dtype) for batch in self.queries]
+        self._asked = digest(batches)
+        return engine.query_gradients(batches)
 
     def _solve_queries(self, engine: Engine) -> tuple[Tensor, Tensor]:
         queries = self._gradients_of_queries(engine)
