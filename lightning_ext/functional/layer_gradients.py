@@ -21,13 +21,13 @@ _BLOCK_BYTES = 2**26  # of gradients, or of products between tokens, held at onc
 _NARROW = 32  # features below which mapped tokens make poor matrix products
 
 
-def pieces(total: int, bytes_each: int, budget: int = _BLOCK_BYTES) -> Iterator[slice]:
-    """Cut a range into slices of things that take ``budget`` bytes together, or one by one where that is too little.
+def pieces(total: int, bytes_each: int, budget: int | None = None) -> Iterator[slice]:
+    """Cut a range into slices of things that take ``budget`` bytes together (64 MiB by default), at least one each.
 
     >>> list(pieces(5, bytes_each=4, budget=8))
     [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
     """
-    size = max(1, budget // max(1, bytes_each))
+    size = max(1, (_BLOCK_BYTES if budget is None else budget) // max(1, bytes_each))
     return (slice(start, min(start + size, total)) for start in range(0, total, size))
 
 
@@ -53,10 +53,10 @@ class GradientBlock(ABC):
     def sample(self) -> Tensor:
         """Any tensor of the gradients' dtype and device."""
 
-    def chunks(self, budget: int = _CACHE_BYTES) -> Iterator[slice]:
-        """Ranges of samples whose gradients, written out, take ``budget`` bytes; the default fits a core's cache."""
+    def chunks(self, budget: int | None = None) -> Iterator[slice]:
+        """Ranges of samples whose gradients, written out, take ``budget`` bytes; by default they fit a core's cache."""
         width = sum(part.stop - part.start for part in self.slices)
-        return pieces(len(self), width * self.sample().element_size(), budget)
+        return pieces(len(self), width * self.sample().element_size(), _CACHE_BYTES if budget is None else budget)
 
     def project(self, parts: Sequence[Tensor]) -> Tensor:
         """Inner products ``(Q, B)`` with ``parts``, ``(Q, d)`` for each slice."""

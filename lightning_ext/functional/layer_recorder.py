@@ -159,7 +159,6 @@ class LayerRecorder:
         self._slices = view.slices()
         self._calls: dict[str, list[_Call]] = defaultdict(list)
         self._handles: list[RemovableHandle] = []
-        self._deaf = False
         self._tokens_first: dict[str, bool] = {}
 
     def __enter__(self) -> "LayerRecorder":
@@ -184,7 +183,7 @@ class LayerRecorder:
 
     def _hook(self, name: str) -> Any:
         def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-            if not self._deaf and output.requires_grad:
+            if output.requires_grad:
                 inputs = args[0] if args else next(iter(kwargs.values()))
                 # An in-place activation that follows leaves the edge where it is, but would rewrite that of a view.
                 output = output.clone() if output._is_view() else output
@@ -243,10 +242,8 @@ class LayerRecorder:
             name: torch.ones_like(p) if name == "weight" else torch.zeros_like(p)
             for name, p in layer.named_parameters(recurse=False)
         }
-        self._deaf = True
-        with torch.no_grad():
+        with torch.no_grad():  # so that the layer's hook passes this call over
             normalized: Tensor = torch.func.functional_call(layer, identity, (x,))
-        self._deaf = False
         return normalized
 
     def _output_tokens(self, layer: RecordedLayer, g: Tensor, batch: int) -> Tensor:

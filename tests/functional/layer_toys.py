@@ -147,7 +147,7 @@ CASES = {
     ),
     "conv2d": lambda: _image(nn.Conv2d(4, 6, 3)),
     "conv2d-all": lambda: _image(nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(2, 1), dilation=(1, 2), groups=2)),
-    "conv2d-same": lambda: _image(nn.Conv2d(4, 4, (2, 3), padding="same", dilation=2, bias=False)),
+    "conv2d-same": lambda: _image(nn.Conv2d(4, 4, (2, 3), padding="same", dilation=(1, 2), bias=False)),
     "conv2d-reflect": lambda: _image(nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect", stride=2)),
     "conv2d-valid": lambda: _image(nn.Conv2d(4, 4, 3, padding="valid")),
     "depthwise": lambda: _image(nn.Conv2d(4, 8, 3, groups=4)),

@@ -17,6 +17,7 @@ from lightning_ext.functional import (
     OuterProducts,
     ParameterView,
     SampleGradients,
+    layer_gradients,
     per_sample_gradients,
 )
 from tests.functional import layer_toys
@@ -50,6 +51,15 @@ def loop(module, batch, view, objective, quantity="loss"):
     return torch.stack(rows)
 
 
+@pytest.fixture(params=["usual", "tiny"])
+def pieces(request, monkeypatch):
+    """Pieces of one sample or row each, and tokens mapped however narrow the layer is."""
+    if request.param == "tiny":
+        for name in ("_CACHE_BYTES", "_MAPPED_BYTES", "_BLOCK_BYTES", "_NARROW"):
+            monkeypatch.setattr(layer_gradients, name, 1)
+
+
+@pytest.mark.usefixtures("pieces")
 @pytest.mark.parametrize("include", [None, "weight", "bias"])
 @pytest.mark.parametrize("name", layer_toys.CASES)
 class TestAgainstALoop:
@@ -279,6 +289,13 @@ class TestPerSampleGradients:
             other = per_sample_gradients(function, parameters, batch, **options)
             for name, value in expected.items():
                 torch.testing.assert_close(other[name], value)
+
+    def test_every_sample_draws_its_own_noise(self):
+        def function(p, x):
+            return (p["w"] * x * torch.rand_like(x)).sum()
+
+        gradients = per_sample_gradients(function, {"w": torch.ones(1)}, torch.ones(4, 1), vectorize=True)["w"]
+        assert len(gradients.unique()) == 4
 
     def test_a_path_that_values_decide_is_looped_over_unless_vmap_is_asked_for(self):
         def function(p, x):
