@@ -18,7 +18,6 @@ from lightning_ext.functional.apo_preconditioner import (
     rotate_gradient,
 )
 from lightning_ext.functional.batches import batch_size, concatenate, differentiable, map_tensors, select
-from lightning_ext.functional.conjugate_gradients import conjugate_gradients
 from lightning_ext.functional.counter_rng import fold_in, seeded_generator
 from lightning_ext.functional.curvature import CurvatureOperator, EmpiricalFisherOperator, GGNOperator, HessianOperator
 from lightning_ext.functional.divergences import (
@@ -62,6 +61,7 @@ from lightning_ext.functional.influence_response import (
 from lightning_ext.functional.influence_tracin import tracin_self_influence
 from lightning_ext.functional.kronecker import KroneckerBlock, KroneckerCurvature, kronecker_curvature
 from lightning_ext.functional.kronecker_statistics import KroneckerLayer, KroneckerStatistics
+from lightning_ext.functional.krylov import conjugate_gradients
 from lightning_ext.functional.layer_gradients import ExplicitRows, GradientBlock, LayerGradients, OuterProducts
 from lightning_ext.functional.layer_recorder import LayerRecorder, RecordedLayer
 from lightning_ext.functional.linear_system import (

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Generator, Tensor
 
-from lightning_ext.functional.conjugate_gradients import conjugate_gradients
+from lightning_ext.functional.krylov import conjugate_gradients
 from lightning_ext.functional.linear_system import (
     BlockProduct,
     Check,

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lightning_ext.functional.conjugate_gradients import conjugate_gradients
+from lightning_ext.functional.krylov import conjugate_gradients
 from lightning_ext.functional.linear_system import BlockProduct, Check, LinAlgError, LinearSystem, Matvec, SolveInfo
 
 __all__ = ["block_cg", "cg", "direct", "direct_dual", "normal_cg"]

@@ -170,6 +170,22 @@ def test_dependent_rows_cost_nothing_in_a_shared_space():
     assert (relative_residual(matrix, many, x) < 1e-6).all()
 
 
+def test_directions_that_no_row_needs_are_left_out_of_a_shared_space():
+    operator = Counted(symmetric(SPECTRA["decaying"]))
+    rhs = random(1, D) + 1e-3 * random(20, D, seed=7)
+    x, _ = block_cg(operator, rhs, tol=0.1, check="probe")
+    assert max(operator.calls) == 1
+    assert (relative_residual(operator.matrix, rhs, x) < 0.1).all()
+
+
+def test_solved_rows_leave_a_shared_space():
+    basis = torch.linalg.qr(random(D, D, seed=1)).Q
+    operator = Counted((basis * SPECTRA["decaying"]) @ basis.mT)
+    block_cg(operator, torch.cat([basis[:, :8].mT, random(2, D)]), tol=1e-6, check="probe")
+    assert operator.calls[0] == 10
+    assert max(operator.calls[1:]) == 2
+
+
 @pytest.mark.parametrize("basis_bytes", [0, 2**30])
 def test_a_shared_space_solves_with_any_memory_and_better_with_more(basis_bytes):
     spectrum = torch.logspace(0, -4, 200, dtype=torch.float64)
@@ -215,8 +231,9 @@ def test_a_residual_that_cannot_be_reached_is_reported_as_it_is():
     matrix, rhs = symmetric(spectrum), random(R, D)
     single = matrix.float()
     with pytest.warns(ConvergenceWarning):
-        x, info = cg(lambda v: v @ single, rhs.float(), tol=1e-7)
+        x, info = cg(lambda v: v @ single, rhs.float(), tol=1e-7, max_iterations=20_000)
     assert not info.converged
+    assert info.iterations < 5_000  # it gave up for want of progress, not of patience
     torch.testing.assert_close(
         info.residual.double(), relative_residual(single.double(), rhs, x.double()), rtol=0.5, atol=1e-7
     )
@@ -231,6 +248,15 @@ def test_a_probe_costs_one_product_and_bounds_the_residuals(solver):
     assert info.converged
     assert (info.residual >= 0.999 * true).all()
     assert (info.residual <= true + 1e-3).all()  # the rounding of all rows together
+
+
+def test_a_probe_is_right_for_rows_that_ran_out_of_iterations(solver):
+    basis = torch.linalg.qr(random(D, D, seed=1)).Q
+    matrix = (basis * SPECTRA["decaying"]) @ basis.mT
+    rhs = torch.cat([basis[:, :1].mT, random(2, D)])
+    with pytest.warns(ConvergenceWarning):
+        x, info = solver(lambda v: v @ matrix, rhs, tol=1e-6, max_iterations=4, check="probe")
+    torch.testing.assert_close(info.residual, relative_residual(matrix, rhs, x), rtol=1e-6, atol=1e-9)
 
 
 def test_the_weaker_tolerance_counts_for_each_row(solver):
@@ -322,6 +348,17 @@ def test_products_that_are_not_finite_are_refused(solver, bad):
         solver(lambda v: (v @ matrix).index_fill(1, torch.tensor([3]), bad), random(R, D))
 
 
+@pytest.mark.parametrize("call", [1, 2])
+def test_a_single_product_that_is_not_finite_is_enough(solver, call):
+    operator = Counted(torch.eye(D, dtype=torch.float64))
+
+    def failing(rows):  # the second product is that of the final check
+        return operator(rows) * (math.inf if len(operator.calls) == call else 1)
+
+    with pytest.raises(LinAlgError, match="NaN or infinite"):
+        solver(failing, random(R, D))
+
+
 def test_a_singular_operator_never_passes_for_solved(solver):
     matrix, rhs = symmetric(torch.cat([SPECTRA["even"][:6], torch.zeros(4, dtype=torch.float64)])), random(2, 10)
     with warnings.catch_warnings(record=True) as caught:
@@ -387,6 +424,16 @@ def test_normal_equations_give_the_pseudo_inverse_of_a_singular_operator():
     x, info = normal_cg(lambda v: v @ matrix, rhs, tol=1e-12)
     torch.testing.assert_close(x, rhs @ torch.linalg.pinv(matrix), rtol=1e-8, atol=1e-8)
     assert info.converged
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_normal_equations_stop_where_only_the_null_space_is_left(seed):
+    rows = random(6, 10, seed=seed)
+    matrix, rhs = rows.mT @ rows, random(3, 10, seed=seed + 100)
+    with pytest.warns(ConvergenceWarning):  # rounding in the null space has curvature of either sign: no reason to fail
+        x, _ = normal_cg(lambda v: v @ matrix, rhs, tol=0)
+    inverse = torch.linalg.pinv(matrix, rtol=1e-10)
+    torch.testing.assert_close(x @ matrix, rhs @ inverse @ matrix, rtol=1e-6, atol=1e-6)
 
 
 def test_normal_equations_solve_indefinite_and_unsymmetric_systems():
