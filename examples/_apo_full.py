@@ -4,7 +4,6 @@
 binary versions, and the four MNIST files.
 """
 
-import dataclasses
 import functools
 import itertools
 import statistics
@@ -21,14 +20,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_ext._resources import UserError, load_script
 from lightning_ext.callbacks import APOLearningRate
-from lightning_ext.data import MNISTDataModule
+from lightning_ext.data import CIFAR10, CIFAR100, CIFARImages, MNISTDataModule, read_cifar
 from lightning_ext.functional import squared_error
 from lightning_ext.reproduce import Claim, Outcome
 
 training = load_script(Path(__file__).with_name("_apo_training.py"))
 precondition = load_script(Path(__file__).with_name("_apo_precondition.py"))
 
-PIXELS = 3 * 32 * 32
 FIXED_RATES = (1.0, 0.3, 0.1, 0.03, 0.01)
 APO_STARTS = (0.1, 1e-3)
 MNIST_SIZES = (784, 1000, 500, 250, 30, 250, 500, 1000, 784)
@@ -60,64 +58,6 @@ def claims(seeds: Sequence[int], folder: Path | None, budget: Any) -> Iterator[C
 # -- CIFAR ----------------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """Where the binary version keeps what: a record is some label bytes, of which the last one counts, and an image."""
-
-    classes: int
-    folder: str
-    archive: str
-    label_bytes: int
-    train: tuple[str, ...]
-    test: str
-
-
-CIFAR10 = Layout(
-    10, "cifar-10-batches-bin", "cifar-10-binary.tar.gz", 1, tuple(f"data_batch_{i}.bin" for i in range(1, 6)),
-    "test_batch.bin",
-)  # fmt: skip
-CIFAR100 = Layout(100, "cifar-100-binary", "cifar-100-binary.tar.gz", 2, ("train.bin",), "test.bin")
-
-
-@dataclasses.dataclass(frozen=True)
-class Images:
-    """Training and test images, ``(N, 3, 32, 32)`` bytes, with labels."""
-
-    train: tuple[Tensor, Tensor]
-    test: tuple[Tensor, Tensor]
-
-
-def read_cifar(folder: Path, layout: Layout) -> Images:
-    """Read CIFAR from its binary version.
-
-    Raises:
-        FileNotFoundError: A file is missing.
-        ValueError: A file is not made of whole records, or has a label that does not exist.
-    """
-    home = folder / layout.folder
-    missing = [name for name in (*layout.train, layout.test) if not (home / name).is_file()]
-    if missing:
-        raise FileNotFoundError(
-            f"CIFAR-{layout.classes}: {', '.join(missing)} not found in {home}. Unpack the binary version, "
-            f"{layout.archive}, into {folder} (the Python version is a pickle and is not read)."
-        )
-    parts = [_records(home / name, layout) for name in layout.train]
-    train = tuple(torch.cat(columns) for columns in zip(*parts, strict=True))
-    return Images(train, _records(home / layout.test, layout))  # type: ignore[arg-type]
-
-
-def _records(path: Path, layout: Layout) -> tuple[Tensor, Tensor]:
-    size = layout.label_bytes + PIXELS
-    content = path.read_bytes()
-    if not content or len(content) % size:
-        raise ValueError(f"{path} is damaged: {len(content)} bytes are not a number of records of {size} bytes.")
-    records = torch.frombuffer(bytearray(content), dtype=torch.uint8).view(-1, size)
-    labels = records[:, layout.label_bytes - 1].long()
-    if int(labels.max()) >= layout.classes:
-        raise ValueError(f"{path} holds the label {int(labels.max())}: it is not CIFAR-{layout.classes}.")
-    return records[:, layout.label_bytes :].reshape(-1, 3, 32, 32), labels
-
-
 class Augmented(Dataset[Any]):
     """Whole batches at once, normalised; with ``augment`` shifted by up to four pixels and mirrored at random."""
 
@@ -146,7 +86,7 @@ class Augmented(Dataset[Any]):
 class Cifar(pl.LightningDataModule):
     """Batches of 128 for training, in an order that depends on the seed."""
 
-    def __init__(self, images: Images, seed: int) -> None:
+    def __init__(self, images: CIFARImages, seed: int) -> None:
         super().__init__()
         self.images, self.seed = images, seed
 
@@ -228,7 +168,9 @@ class Classifier(pl.LightningModule):
 NETWORK: Callable[[int], nn.Module] = resnet18
 
 
-def cifar_accuracy(images: Images, classes: int, kind: str, lr: float, seed: int, epochs: int, progress: Any) -> float:
+def cifar_accuracy(
+    images: CIFARImages, classes: int, kind: str, lr: float, seed: int, epochs: int, progress: Any
+) -> float:
     """Test accuracy after training, percent."""
     torch.manual_seed(seed)
     model = Classifier(NETWORK(classes), lr, epochs if kind == "decay" else 0)
@@ -240,7 +182,7 @@ def cifar_accuracy(images: Images, classes: int, kind: str, lr: float, seed: int
     return logged["accuracy"]
 
 
-def cifar_claims(number: int, classes: int, images: Images, seeds: Sequence[int], epochs: int) -> Iterator[Claim]:
+def cifar_claims(number: int, classes: int, images: CIFARImages, seeds: Sequence[int], epochs: int) -> Iterator[Claim]:
     """Learning rates on one of the two sets."""
     plan = {"fixed": FIXED_RATES, "decay": (0.1,), "apo": APO_STARTS}
 

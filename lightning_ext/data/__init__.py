@@ -1,5 +1,6 @@
 """Datasets and LightningDataModules."""
 
+from lightning_ext.data.cifar import CIFAR10, CIFAR100, CIFARImages, CIFARLayout, read_cifar
 from lightning_ext.data.digits import DigitsDataModule
 from lightning_ext.data.dsprites import DSpritesDataModule
 from lightning_ext.data.indexed import IndexedBatch, IndexedDataset
@@ -8,6 +9,10 @@ from lightning_ext.data.resumable import EpochSampler, ResumableDataModule, Resu
 from lightning_ext.data.row_store import RowStore
 
 __all__ = [
+    "CIFAR10",
+    "CIFAR100",
+    "CIFARImages",
+    "CIFARLayout",
     "DSpritesDataModule",
     "DigitsDataModule",
     "EpochSampler",
@@ -17,4 +22,5 @@ __all__ = [
     "ResumableDataModule",
     "ResumableLoader",
     "RowStore",
+    "read_cifar",
 ]
