@@ -19,7 +19,8 @@ from lightning_ext.functional.apo_preconditioner import (
 )
 from lightning_ext.functional.batches import batch_size, concatenate, differentiable, map_tensors, select
 from lightning_ext.functional.counter_rng import fold_in, seeded_generator
-from lightning_ext.functional.curvature import CurvatureOperator, EmpiricalFisherOperator, GGNOperator, HessianOperator
+from lightning_ext.functional.curvature import EmpiricalFisherOperator, GGNOperator, HessianOperator
+from lightning_ext.functional.curvature_operator import CurvatureOperator
 from lightning_ext.functional.divergences import (
     bernoulli_kl,
     divergence_named,
@@ -63,6 +64,7 @@ from lightning_ext.functional.kronecker import KroneckerBlock, KroneckerCurvatur
 from lightning_ext.functional.kronecker_statistics import KroneckerLayer, KroneckerStatistics
 from lightning_ext.functional.krylov import conjugate_gradients
 from lightning_ext.functional.layer_gradients import ExplicitRows, GradientBlock, LayerGradients, OuterProducts
+from lightning_ext.functional.layer_products import LayerFactors, LayerProducts
 from lightning_ext.functional.layer_recorder import LayerRecorder, RecordedLayer
 from lightning_ext.functional.linear_system import (
     BlockProduct,
@@ -142,7 +144,9 @@ __all__ = [
     "KroneckerCurvature",
     "KroneckerLayer",
     "KroneckerStatistics",
+    "LayerFactors",
     "LayerGradients",
+    "LayerProducts",
     "LayerRecorder",
     "LinearGates",
     "LinearOptimum",

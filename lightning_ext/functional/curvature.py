@@ -12,230 +12,95 @@ of the batches; vectors are rows of a block ``(R, D)``.
 """
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_ext.functional.batches import batch_size, differentiable
-from lightning_ext.functional.influence_objective import InfluenceObjective
+from lightning_ext.functional.curvature_operator import CurvatureOperator, Share
 from lightning_ext.functional.layer_gradients import LayerGradients
+from lightning_ext.functional.layer_products import LayerProducts
 from lightning_ext.functional.linearized import LinearizedBatch, LinearizedGradient
-from lightning_ext.functional.parameters import ParameterView
 from lightning_ext.functional.per_sample import SampleGradients
 
 __all__ = ["CurvatureOperator", "EmpiricalFisherOperator", "GGNOperator", "HessianOperator"]
 
 _BLOCK_BYTES = 2**26  # what the output tangents of rows that are multiplied together may take
-
-Function = Callable[[Mapping[str, Tensor]], Tensor]
-
-
-@dataclass(frozen=True)
-class _Share:
-    """One batch's part of the sum, ready for many products."""
-
-    product: Callable[[Tensor], Tensor]
-    outputs: Tensor  # (B, ...), the loss's inputs or its values
-    nbytes: Callable[[], int]
+_LEAST_BLOCK = 4  # rows for which products of whole layers are worth their set-up
 
 
-class CurvatureOperator(ABC):
-    r"""A symmetric matrix :math:`C + \lambda I` of D rows; ``operator(rows)`` multiplies a block ``(R, D)``.
+class _OutputShare:
+    """J^T B J of one batch: by derivatives through the network, or from its layers where blocks pay for that."""
 
-    Args:
-        module: the network, in evaluation mode.
-        objective: outputs, targets and loss.
-        batches: all of the data, a list of batches or a loader, on the parameters' device. It is gone through again for
-            every product unless all batches fit into ``cache_bytes``, and must give the same batches each time. Under
-            ``reduce`` these are this rank's batches; there may be none.
-        view: the parameters; default all that require gradients. Their values are copied when the operator is made.
-        damping: :math:`\lambda \ge 0`, weight decay included; default 0.
-        num_samples: N where it is known; the batches of all ranks must then hold as many. Default: counted.
-        reduce: sums a tensor over ranks and returns the sum. It is called once for every block of rows, and once more
-            for N. Default: one rank.
-        cache_bytes: memory for linearised batches, at least 0; the rest are linearised anew for every product.
-        backend: how Jacobians are multiplied, see :class:`LinearizedBatch`.
-
-    Attributes:
-        view: the parameters.
-        size: D.
-        dtype: the parameters' type, float32 or float64.
-        device: where they are.
-        damping: :math:`\lambda`.
-
-    Raises:
-        ValueError: For parameters of another type, batches that can be gone through only once, a negative damping.
-            From a product: if outputs or products are not finite (naming the batch), if the batches changed, or hold
-            other than ``num_samples`` samples.
-
-    Note:
-        A product with one row costs about two backward passes over the data, the first one a forward pass more. R rows
-        cost R times as much, and are reduced over ranks together.
-    """
-
-    def __init__(
-        self,
-        module: nn.Module,
-        objective: InfluenceObjective,
-        batches: Iterable[Any],
-        view: ParameterView | None = None,
-        *,
-        damping: float = 0.0,
-        num_samples: int | None = None,
-        reduce: Callable[[Tensor], Tensor] | None = None,
-        cache_bytes: int = 2**30,
-        backend: Literal["auto", "linearize", "double_backward"] = "auto",
-    ) -> None:
-        self.module, self.objective, self.batches = module, objective, batches
-        self.view = ParameterView(module) if view is None else view
-        self.size, self.dtype, self.device = self.view.numel, self.view.dtype, self.view.device
-        self.damping, self.reduce, self.cache_bytes, self.backend = damping, reduce, cache_bytes, backend
-        if self.dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"curvature needs float32 or float64, not {self.dtype}: use module.float().")
-        if not damping >= 0:
-            raise ValueError(f"damping must be at least 0; got {damping}.")
-        if isinstance(batches, Iterator):
-            raise ValueError("batches must be gone through many times: give a list or a loader, not an iterator.")
-        self._claimed = num_samples
-        self._counted: int | None = None
-        self._params = {name: value.clone() for name, value in self.view.values().items()}
-        self._cache: list[_Share] = []
-        self._cache_left: float = cache_bytes
-        self._sizes: list[int] = []
-        self._marks: list[Tensor] = []
-        self._gone_through = False
-
-    @abstractmethod
-    def _share(self, function: Function, targets: Tensor, *, check: bool) -> _Share:
-        """Linearise one batch; with ``check`` see that its derivatives are those of the function."""
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(size={self.size}, damping={self.damping}, {self.view!r})"
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        """Multiply a block ``(R, D)`` of finite rows."""
-        if rows.ndim != 2 or rows.shape[1] != self.size:
-            raise ValueError(f"rows must have the shape (R, {self.size}); got {tuple(rows.shape)}.")
-        rows = rows.to(self.dtype)
-        total = torch.zeros_like(rows)
-        for share in self._shares():
-            total += share.product(rows)
-        if self.reduce is not None:
-            total = self.reduce(total)
-        total = total.div_(self.num_samples).add_(rows, alpha=self.damping)
-        if not bool(total.isfinite().all()):
-            self._explain(rows)
-        return total
+    def __init__(self, operator: "_ThroughOutputs", batch: Any, check: bool) -> None:
+        self._operator, self._batch, self._rows_seen = operator, batch, 0
+        self._targets = operator.objective.targets(batch)
+        self._linearized = operator.linearize(batch, check)
+        self.outputs = self._linearized.outputs
+        self._columns = operator.columns_per_sample(self.outputs)
+        self._layers: LayerProducts | None = None
+        self._by_layers = operator.backend == "auto"
 
     @property
-    def num_samples(self) -> int:
-        """N over all ranks. Its first use is a collective, like a product."""
-        if self._counted is None:
-            if not self._gone_through:
-                for _ in self._shares():
-                    pass
-            count = torch.tensor([sum(self._sizes)], device=self.device)
-            self._counted = int(count if self.reduce is None else self.reduce(count))
-            if not self._counted:
-                raise ValueError("batches hold no samples.")
-            if self._claimed not in (None, self._counted):
-                raise ValueError(f"num_samples is {self._claimed}, but the batches hold {self._counted} samples.")
-        return self._counted
+    def nbytes(self) -> int:
+        return self._linearized.nbytes + (self._layers.nbytes if self._layers else 0)
 
-    def dense(self, rows_at_once: int = 64) -> Tensor:
-        """Return the matrix ``(D, D)``, by D products; for small D.
-
-        Args:
-            rows_at_once: rows of a block, at least 1. Default 64.
-        """
-        blocks = torch.split(torch.eye(self.size, dtype=self.dtype, device=self.device), rows_at_once)
-        matrix = torch.cat([self(block) for block in blocks])
-        return 0.5 * (matrix + matrix.mT)
-
-    def _shares(self) -> Iterator[_Share]:
-        """Yield every batch's share: those in the cache, the rest linearised on the way."""
-        if self._gone_through and len(self._cache) == len(self._sizes):
-            yield from self._cache
-            return
-        number = -1
-        for number, batch in enumerate(self.batches):
-            size = batch_size(batch)
-            known = number < len(self._sizes)
-            if (known and size != self._sizes[number]) or (not known and self._gone_through):
-                raise self._changed(number)
-            if not known:
-                self._sizes.append(size)
-            yield self._cache[number] if number < len(self._cache) else self._linearized(number, batch)
-        if self._gone_through and number + 1 != len(self._sizes):
-            raise self._changed(number + 1)
-        self._gone_through = True
-
-    def _linearized(self, number: int, batch: Any) -> _Share:
-        with differentiable(batch) as plain:
-            function, targets = self.objective.function(self.module, self.view, plain), self.objective.targets(plain)
-            share = self._share(function, targets, check=not self._marks)
-        finite = share.outputs.flatten(1).isfinite().all(1) if share.outputs.ndim > 1 else share.outputs.isfinite()
-        if not bool(finite.all()):
-            samples = finite.logical_not().nonzero().flatten().tolist()
-            raise ValueError(f"outputs or losses of samples {samples[:10]} of batch {number} are not finite.")
-        mark = share.outputs.abs().mean()
-        if number == len(self._marks):
-            self._marks.append(mark)
-        elif not torch.isclose(mark, self._marks[number], rtol=1e-3):
-            raise self._changed(number)
-        if number == len(self._cache) and self._cache_left > 0:
-            self._cache_left -= share.nbytes()
-            if self._cache_left >= 0:
-                self._cache.append(share)
-        return share
-
-    def _changed(self, number: int) -> ValueError:
-        return ValueError(
-            f"batches gave other samples the second time, at batch {number}: switch off shuffling and random "
-            "transformations, or give a list."
-        )
-
-    def _explain(self, rows: Tensor) -> None:
-        """Say why a product is not finite."""
-        if not bool(rows.isfinite().all()):
-            raise ValueError("rows must be finite.")
-        for number, share in enumerate(self._shares()):
-            if not bool(share.product(rows).isfinite().all()):
-                raise ValueError(f"the {type(self).__name__} product of batch {number} is not finite.")
-        raise ValueError("the product is not finite, by overflow of the sum or because of another rank's batches.")
+    def product(self, rows: Tensor) -> Tensor:
+        self._rows_seen += len(rows)
+        if self._by_layers and len(rows) >= _LEAST_BLOCK and self._rows_seen >= 2 * self._columns:
+            if self._layers is None:
+                self._layers = self._operator.layer_products(self._batch, self._columns)
+            if self._layers is not None:
+                return self._layers.product(rows)
+            self._by_layers = False
+        y, t, linearized = self.outputs, self._targets, self._linearized
+        parts = torch.split(rows, max(1, _BLOCK_BYTES // max(1, y.numel() * y.element_size())))
+        return torch.cat([linearized.vjp(self._operator.between(y, t, linearized.jvp(part))) for part in parts])
 
 
 class _ThroughOutputs(CurvatureOperator):
     """Curvature of the form J^T B J, where B, positive semidefinite, belongs to each sample's outputs."""
 
     @abstractmethod
-    def _between(self, y: Tensor, t: Tensor, u: Tensor) -> Tensor:
+    def between(self, y: Tensor, t: Tensor, u: Tensor) -> Tensor:
         """Multiply output tangents (R, *y.shape) by B."""
 
     @abstractmethod
-    def _columns(self, y: Tensor, t: Tensor) -> Tensor:
+    def columns(self, y: Tensor, t: Tensor) -> Tensor:
         """Return (S, *y.shape), the columns of a square root of B."""
 
-    def _share(self, function: Function, targets: Tensor, *, check: bool) -> _Share:
-        linearized = LinearizedBatch(function, self._params, self.backend, check=check)
-        y = linearized.outputs
-        at_once = max(1, _BLOCK_BYTES // max(1, y.numel() * y.element_size()))
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._gradients = SampleGradients(self.module, self.objective, self.view)
 
-        def product(rows: Tensor) -> Tensor:
-            parts = torch.split(rows, at_once)
-            return torch.cat([linearized.vjp(self._between(y, targets, linearized.jvp(part))) for part in parts])
+    def _share(self, batch: Any, *, check: bool) -> Share:
+        return _OutputShare(self, batch, check)
 
-        return _Share(product, y, lambda: linearized.nbytes)
+    def linearize(self, batch: Any, check: bool) -> LinearizedBatch:
+        """Linearise the outputs of a batch."""
+        function = self.objective.function(self.module, self.view, batch)
+        return LinearizedBatch(function, self._params, self.backend, check=check)
+
+    def columns_per_sample(self, y: Tensor) -> int:
+        """Return S."""
+        return max(1, y[:1].numel())
+
+    def layer_products(self, batch: Any, columns: int) -> LayerProducts | None:
+        """Return products from layers, where they pay."""
+        if not self._unchanged():  # the layers are those of the module as it is now
+            return None
+        return LayerProducts.of(self._gradients, batch, self.columns, outputs=columns)
+
+    def _unchanged(self) -> bool:
+        now = self.view.values()
+        return all(torch.equal(value, now[name]) for name, value in self._params.items())
 
     def _sample_columns(self, columns: Callable[[Tensor, Tensor], Tensor]) -> Iterator[list[Tensor | LayerGradients]]:
         """Yield for each batch the samples' J^T c, one set of gradients for every column c."""
-        gradients = SampleGradients(self.module, self.objective, self.view)
-        now = self.view.values()
-        if any(not torch.equal(value, now[name]) for name, value in self._params.items()):
+        gradients = self._gradients
+        if not self._unchanged():
             raise ValueError("the module's parameters changed since the operator was made; make a new one.")
         for batch in self.batches:
             with gradients.recording(batch) as (plain, outputs):
@@ -261,7 +126,7 @@ class _ThroughOutputs(CurvatureOperator):
 
         def columns(y: Tensor, t: Tensor) -> Tensor:
             if not draws:
-                return self._columns(y, t)
+                return self.columns(y, t)
             drawn = torch.stack([self._draw(y, t, generator) for _ in range(draws)])
             return drawn.div_(math.sqrt(draws))
 
@@ -296,7 +161,7 @@ class _ThroughOutputs(CurvatureOperator):
             ValueError: If there would be more than ``max_rows``.
         """
         root, blocks, count = self.num_samples**0.5, [], 0
-        for found in self._sample_columns(self._columns):
+        for found in self._sample_columns(self.columns):
             blocks += [(g if isinstance(g, Tensor) else g.explicit()) / root for g in found]
             count += sum(map(len, blocks[-len(found) :]))
             if max_rows is not None and count > max_rows:
@@ -317,7 +182,8 @@ class GGNOperator(_ThroughOutputs):
     Raises:
         ValueError: If the loss is not convex in the outputs.
 
-    >>> layer = nn.Linear(2, 1, bias=False).eval()
+    >>> from lightning_ext.functional import InfluenceObjective
+    >>> layer = torch.nn.Linear(2, 1, bias=False).eval()
     >>> data = [(torch.tensor([[1.0, 2.0]]), torch.zeros(1, 1)), (torch.tensor([[3.0, 0.0]]), torch.zeros(1, 1))]
     >>> GGNOperator(layer, InfluenceObjective("half_squared_error"), data).dense()  # mean of x x^T
     tensor([[5., 1.],
@@ -332,10 +198,10 @@ class GGNOperator(_ThroughOutputs):
                 "Use HessianOperator with a solver for indefinite systems."
             )
 
-    def _between(self, y: Tensor, t: Tensor, u: Tensor) -> Tensor:
+    def between(self, y: Tensor, t: Tensor, u: Tensor) -> Tensor:  # noqa: D102
         return self.objective.loss.hessian_product(y, t, u)
 
-    def _columns(self, y: Tensor, t: Tensor) -> Tensor:
+    def columns(self, y: Tensor, t: Tensor) -> Tensor:  # noqa: D102
         return self.objective.loss.hessian_sqrt(y, t)
 
 
@@ -345,19 +211,23 @@ class EmpiricalFisherOperator(_ThroughOutputs):
     It is not the Fisher matrix, and at a good fit not close to it (Kunstner et al. 2019, arXiv:1905.12558). See
     :class:`CurvatureOperator`.
 
-    >>> layer = nn.Linear(1, 1, bias=False).eval()
+    >>> from lightning_ext.functional import InfluenceObjective
+    >>> layer = torch.nn.Linear(1, 1, bias=False).eval()
     >>> data = [(torch.ones(1, 1), layer.weight.detach() - 3.0)]
     >>> EmpiricalFisherOperator(layer, InfluenceObjective("half_squared_error"), data).dense()  # residual squared
     tensor([[9.]])
     """
 
-    def _between(self, y: Tensor, t: Tensor, u: Tensor) -> Tensor:
+    def between(self, y: Tensor, t: Tensor, u: Tensor) -> Tensor:  # noqa: D102
         gradient = self.objective.loss.gradient(y, t)
         along = (u * gradient).flatten(2).sum(2) if y.ndim > 1 else u * gradient
         return along.reshape(*along.shape, *[1] * (y.ndim - 1)) * gradient
 
-    def _columns(self, y: Tensor, t: Tensor) -> Tensor:
+    def columns(self, y: Tensor, t: Tensor) -> Tensor:  # noqa: D102
         return self.objective.loss.gradient(y, t).unsqueeze(0)
+
+    def columns_per_sample(self, y: Tensor) -> int:  # noqa: D102
+        return 1
 
     def _draw(self, y: Tensor, t: Tensor, generator: torch.Generator | None) -> Tensor:
         return self.objective.loss.gradient(y, t)
@@ -368,12 +238,13 @@ class HessianOperator(CurvatureOperator):
 
     See :class:`CurvatureOperator`; ``backend`` does not matter here.
 
-    >>> layer = nn.Linear(1, 1, bias=False).eval()
+    >>> from lightning_ext.functional import InfluenceObjective
+    >>> layer = torch.nn.Linear(1, 1, bias=False).eval()
     >>> data = [(torch.full((1, 1), 2.0), torch.zeros(1, 1))]
     >>> HessianOperator(layer, InfluenceObjective("half_squared_error"), data, damping=0.5).dense()  # x^2 + damping
     tensor([[4.5000]])
     """
 
-    def _share(self, function: Function, targets: Tensor, *, check: bool) -> _Share:
-        linearized = LinearizedGradient(lambda p: self.objective.losses(function(p), targets), self._params)
-        return _Share(linearized.product, linearized.outputs, lambda: linearized.nbytes)
+    def _share(self, batch: Any, *, check: bool) -> Share:
+        function, targets = self.objective.function(self.module, self.view, batch), self.objective.targets(batch)
+        return LinearizedGradient(lambda p: self.objective.losses(function(p), targets), self._params)

@@ -247,7 +247,7 @@ def test_the_cache_is_bounded_and_changes_no_product(kind, batches_kept, passes,
     pieces = split(batch, (2, 2))
     each = kind(module, objective, [select(batch, [0, 1])])
     each(torch.zeros(1, each.size, dtype=torch.float64))
-    budget = sum(share.nbytes() for share in each._cache) * batches_kept * 3 // 2
+    budget = sum(share.nbytes for share in each._cache) * batches_kept * 3 // 2
     loader = Loader(pieces)
     operator = kind(module, objective, loader, cache_bytes=budget)
     rows = torch.randn(2, operator.size, dtype=torch.float64)
