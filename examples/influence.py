@@ -66,7 +66,7 @@ print(scores.shape, influence.report)
 
 removed = scores.abs().sum(0).topk(20).indices
 response = PBRFModule(model, remove=removed, damping=0.01, optimizer="newton")
-trainer(15).fit(response, DataLoader(train, batch_size=500))
+trainer(40).fit(response, DataLoader(train, batch_size=500))
 
 check = LOOCorrelation("pearson")
 check.update(predicted=scores[:, removed], actual=response.measure(DataLoader(test, batch_size=50)).T.cpu())

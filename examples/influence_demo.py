@@ -19,7 +19,7 @@ from lightning_ext.nn import MLP
 
 TITLE = "Influence: which training images are behind a prediction"
 
-NUM_TRAIN, FLIPPED, EPOCHS, NEWTON_STEPS = 500, 25, 30, 12
+NUM_TRAIN, FLIPPED, EPOCHS, NEWTON_STEPS = 500, 25, 30, 40
 DAMPING = 0.01
 SHOWN = 4  # helpful and harmful images per question
 SELF_INFLUENCE, BREGMAN, TRAINING_LOSS = "self-influence", "PBRF", "training loss"

@@ -9,6 +9,7 @@ present, and the last test says so.
 import functools
 import re
 import shlex
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,6 +70,7 @@ def execute(text: str, name: str) -> dict:
 @pytest.fixture
 def quick(monkeypatch):
     """Hold every Trainer of both packages to one short epoch, whatever a page asks for."""
+    warnings.filterwarnings("ignore", message=".*stopped at a relative gradient")  # it had one epoch
     for trainer in (pytorch_lightning.Trainer, lightning.pytorch.Trainer):
 
         def limited(self, *args, __init__=trainer.__init__, **kwargs):

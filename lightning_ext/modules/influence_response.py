@@ -298,6 +298,8 @@ class ResponseModule(StackedCopies):
 
     def on_train_end(self) -> None:
         """Say how good the minimum is, on the whole training set."""
+        if self.newton is not None and not self._converged:
+            self._keep_the_flatter(self.newton)
         if self.tolerance is not None and not self._converged:
             self.gradient_ratio = self._ratio(self._whole_gradient())
             worst = self.gradient_ratio.max().item()
@@ -313,6 +315,12 @@ class ResponseModule(StackedCopies):
                     f"The loss of the removed samples rose more than tenfold for copies {risen[:8]}: too much is "
                     "removed for this damping, and the objective may have no minimum. Raise damping or remove less."
                 )
+
+    def _keep_the_flatter(self, newton: Newton) -> None:
+        """The last step was never looked at: where it leads uphill, go back to where it came from."""
+        gradient = self._whole_gradient()
+        worse = torch.linalg.vector_norm(gradient, dim=1) > torch.linalg.vector_norm(newton.gradient, dim=1)
+        self.change.data[worse] = newton.point[worse]
 
     def teardown(self, stage: str) -> None:
         """Let go of the data."""

@@ -60,6 +60,18 @@ def test_a_network_is_minimised_as_far_as_adam_would_and_farther():
     torch.testing.assert_close(module.response(), slow.response(), rtol=0.02, atol=2e-3)
 
 
+def test_a_fit_cut_short_never_ends_at_a_step_that_led_uphill():
+    start = newton(remove=[[1, 2, 3], [4, 5, 6, 7]], damping=1e-2, weight_decay=0.0, tolerance=None)
+    fit(start, max_epochs=1)
+    norms = start.newton.gradient.norm(dim=1)  # at the trained network: that of the removed samples
+    for epochs in (3, 6, 9, 12):
+        module = newton(remove=[[1, 2, 3], [4, 5, 6, 7]], damping=1e-2, weight_decay=0.0, tolerance=1e-12)
+        with pytest.warns(UserWarning, match="above tolerance"):
+            fit(module, max_epochs=epochs)
+        gone = module.newton.gradient.norm(dim=1) / module.gradient_ratio  # what the last accepted point had
+        assert (gone >= norms * (1 - 1e-6)).all(), f"a copy ended uphill after {epochs} epochs"
+
+
 def test_half_the_precision_goes_down_to_its_rounding_and_stays():
     module = newton(net(), tolerance=1e-9)
     with pytest.warns(UserWarning, match="above tolerance"):
