@@ -182,6 +182,7 @@ class KroneckerCurvature:
     def _scaled(self, rows: Tensor, scale: Callable[[Tensor, tuple[Tensor, Tensor] | None], Tensor]) -> Tensor:
         if rows.ndim != 2 or rows.shape[1] != self.size:
             raise ValueError(f"rows must have shape (R, {self.size}), got {tuple(rows.shape)}.")
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         out = torch.empty_like(rows)
         with torch.autocast(rows.device.type, enabled=False):
             for block in self.blocks:
@@ -226,7 +227,7 @@ def kronecker_curvature(
         generator: Draws the labels of ``fisher="mc"``; ranks need different ones. Default None, the global one.
 
     Returns:
-        The curvature, in the parameters' dtype.
+        The curvature, in the parameters' dtype, at least float32.
 
     Raises:
         ValueError: As :class:`KroneckerStatistics` and :class:`KroneckerCurvature` do; and for an iterator.
@@ -248,7 +249,7 @@ def kronecker_curvature(
         return {name: value if reduce is None else reduce(value) for name, value in sums.items()}
 
     sums = total(statistics.factor_zeros(), statistics.factors)
-    curvature = KroneckerCurvature.from_factors(statistics.layers, statistics.places, sums, statistics.view.dtype)
+    curvature = KroneckerCurvature.from_factors(statistics.layers, statistics.places, sums, statistics.dtype)
     if not corrected:
         return curvature
     sums = total(statistics.correction_zeros(), partial(statistics.corrections, bases=curvature.bases))

@@ -94,7 +94,9 @@ class KroneckerStatistics:
 
     Attributes:
         layers: The layers with factors: Linear and convolutions.
-        diagonal: Names of the other parameters, which have their exact diagonal.
+        diagonal: Names of the other parameters, which have their exact diagonal: of embeddings, norm layers, attention
+            (``nn.MultiheadAttention`` does not call the layers it holds) and whatever belongs to no known layer.
+        dtype: That of the parameters, at least float32.
 
     Raises:
         ValueError: On a batch, if a layer does not explain the gradients of its parameters; the message names it.
@@ -119,12 +121,9 @@ class KroneckerStatistics:
         if fisher not in ("type2", "mc", "empirical"):
             raise ValueError(f'fisher must be "type2", "mc" or "empirical", got {fisher!r}.')
         self.gradients = SampleGradients(module, objective, view)
-        self.view, self.recorder, self.objective, self.fisher = (
-            self.gradients.view,
-            self.gradients.recorder,
-            objective,
-            fisher,
-        )
+        self.view, self.recorder = self.gradients.view, self.gradients.recorder
+        self.objective, self.fisher = objective, fisher
+        self.dtype = torch.promote_types(self.view.dtype, torch.float32)
         self.layers = tuple(_kronecker_layers(self.recorder.layers, self.view, max_width))
         self._factored = {layer.name: layer for layer in self.layers}
         kept = {name for layer in self.recorder.layers if layer.name in self._factored for name in layer.parameters}
@@ -254,13 +253,18 @@ class KroneckerStatistics:
                 diagonal[name].add_(values)
 
     def _add_others(self, batch: Any, columns: Tensor, diagonal: Mapping[str, Tensor]) -> None:
-        for column in columns if self.gradients.uncovered else ():
-            for name, gradients in self.gradients.others(batch, column).items():
-                squares = gradients.square().sum(0).flatten()
-                if name in diagonal:
-                    diagonal[name].add_(squares)
-                elif bool(squares.any()):
-                    raise ValueError(f"{name!r} is used, but its layer is not called: leave it out (include=).")
+        if not self.gradients.uncovered:
+            return
+        for piece, part in self.gradients.split(batch):
+            for column in columns:
+                for name, gradients in self.gradients.others(piece, column[part]).items():
+                    self._add_squares(name, gradients.square().sum(0).flatten(), diagonal)
+
+    def _add_squares(self, name: str, squares: Tensor, diagonal: Mapping[str, Tensor]) -> None:
+        if name in diagonal:
+            diagonal[name].add_(squares)
+        elif bool(squares.any()):
+            raise ValueError(f"{name!r} is used, but its layer is not called: leave it out (include=).")
 
 
 def _rotated(x: Tensor, basis: Tensor) -> Tensor:

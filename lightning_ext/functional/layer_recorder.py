@@ -270,6 +270,8 @@ class LayerRecorder:
             return []
 
         def pull(cotangent: Tensor, batched: bool = False) -> tuple[Tensor | None, ...]:
+            if not outputs.requires_grad:
+                return (None,) * len(edges)
             return torch.autograd.grad(
                 outputs, edges, cotangent, retain_graph=True, allow_unused=True, is_grads_batched=batched
             )
@@ -319,7 +321,9 @@ class LayerRecorder:
         blocks = [self.block(layer, g) for layer, g in zip(self.recorded, gradients, strict=True)]
         if self.uncovered:
             slices = tuple(self._slices[name] for name in self.uncovered)
-            blocks.append(ExplicitRows(slices, tuple(others[name].flatten(1) for name in self.uncovered)))
+            blocks.append(
+                ExplicitRows(slices, tuple(_at_least_float32(others[name].flatten(1)) for name in self.uncovered))
+            )
         return LayerGradients(blocks, self.view.numel)
 
     def block(self, layer: RecordedLayer, g: Tensor) -> GradientBlock:

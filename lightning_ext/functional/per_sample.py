@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_ext.functional.batches import batch_size, differentiable, map_tensors, select
 from lightning_ext.functional.counter_rng import seeded_generator
 from lightning_ext.functional.influence_objective import InfluenceObjective, evaluating
-from lightning_ext.functional.layer_gradients import ExplicitRows, LayerGradients
+from lightning_ext.functional.layer_gradients import ExplicitRows, LayerGradients, pieces
 from lightning_ext.functional.layer_recorder import LayerRecorder
 from lightning_ext.functional.parameters import ParameterView
 
@@ -154,6 +154,10 @@ class SampleGradients:
     def _outputs(self, batch: Any) -> Tensor | None:
         with self.recorder:
             outputs = self.objective.outputs(self.module, batch)
+        if len(outputs) != batch_size(batch):
+            raise ValueError(
+                f"a batch of {batch_size(batch)} samples must give as many outputs; got {tuple(outputs.shape)}."
+            )
         try:
             self._check(batch, outputs)
         except _UnexplainedError as reason:
@@ -164,13 +168,21 @@ class SampleGradients:
 
     def parts(self, batch: Any) -> Iterator[LayerGradients]:
         """The same in pieces, of so many samples that explicit gradients stay within ``memory_bytes``."""
+        for piece, _ in self.split(batch):
+            yield self(piece)
+
+    def split(self, batch: Any) -> Iterator[tuple[Any, slice]]:
+        """Cut a batch so that each piece's explicit gradients stay within ``memory_bytes``.
+
+        Yields:
+            The samples of a piece, and where they stand in the batch.
+        """
         slices = self.view.slices()
         width = sum(slices[name].stop - slices[name].start for name in self.uncovered)
         total = batch_size(batch)
-        size = total if not width else max(1, self.memory_bytes // (width * 8))
-        for start in range(0, total, size):
-            whole = size >= total
-            yield self(batch if whole else select(batch, torch.arange(start, min(start + size, total))))
+        for part in pieces(total, 4 * width, self.memory_bytes) if width else [slice(0, total)]:
+            piece = part.start, part.stop
+            yield batch if piece == (0, total) else select(batch, torch.arange(*piece)), part
 
     def project(self, batch: Any, rows: Tensor) -> Tensor:
         """Inner products ``(Q, B)`` of ``rows`` ``(Q, D)`` with every sample's gradient."""
@@ -220,13 +232,14 @@ class SampleGradients:
 
         gradients = per_sample_gradients(value, self.view.values(), batch)
         rows = self.view.flatten(gradients)
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         return LayerGradients([ExplicitRows((slice(0, self.view.numel),), (rows,))], self.view.numel)
 
     def _check(self, batch: Any, outputs: Tensor) -> None:
         """Raise where a sample alone has another gradient than the layers say."""
         recorder, last = self.recorder, len(outputs) - 1
         shapes = recorder.shapes
-        if shapes in self._checked or last == 0 or not recorder.recorded:
+        if shapes in self._checked or last == 0 or not recorder.recorded or not outputs.requires_grad:
             return
         cotangent = torch.randn(outputs.shape, generator=seeded_generator(0)).to(outputs)
         try:

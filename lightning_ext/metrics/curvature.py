@@ -41,7 +41,7 @@ class _CurvatureMetric(PreciseMetric):
         self.objective, self.include, self.fisher = objective, include, fisher
         self.max_width, self.seed = max_width, seed
         statistics = self._made_for(module)
-        self.layers, self.places, self.parameter_dtype = statistics.layers, statistics.places, statistics.view.dtype
+        self.layers, self.places, self.parameter_dtype = statistics.layers, statistics.places, statistics.dtype
         self.state_names: dict[str, str] = {}
 
     def _add_states(self, zeros: dict[str, Tensor]) -> None:
@@ -152,7 +152,7 @@ class KroneckerFactors(_CurvatureMetric):
         self._add(statistics.factors(batch, self._generator(statistics.view.device)))
 
     def curvature(self) -> KroneckerCurvature:
-        """K-FAC over all ranks, in the parameters' dtype."""
+        """K-FAC over all ranks, in the parameters' dtype, at least float32."""
         sums = {"diagonal": self.float_state(0)} | self._normalized()
         return KroneckerCurvature.from_factors(self.layers, self.places, sums, self.parameter_dtype)
 
@@ -219,10 +219,10 @@ class EigenCorrection(_CurvatureMetric):
     def update(self, module: nn.Module, batch: Any) -> None:
         """Add a batch; see the class."""
         statistics = self._of(module)
-        device, dtype = statistics.view.device, statistics.view.dtype
+        device, dtype = statistics.view.device, statistics.dtype
         bases = {name: (a.to(device, dtype), s.to(device, dtype)) for name, (a, s) in self.factored.bases.items()}
         self._add(statistics.corrections(batch, bases, self._generator(statistics.view.device)))
 
     def curvature(self) -> KroneckerCurvature:
-        """EK-FAC over all ranks, in the parameters' dtype."""
+        """EK-FAC over all ranks, in the parameters' dtype, at least float32."""
         return self.factored.corrected(self._normalized())

@@ -77,10 +77,12 @@ class TestExactCases:
         torch.testing.assert_close(dense(curvature), truth, rtol=0, atol=1e-13)
 
 
-@pytest.mark.parametrize("include", [None, "weight"])
+@pytest.mark.parametrize("include", [None, "weight", "bias"])
 @pytest.mark.parametrize("name", FACTORED)
 def test_eigenvalues_trace_and_diagonal_against_the_dense_matrix(name, include):
     module, batch = layer_toys.build(name)
+    if include == "bias" and not any("bias" in n for n, _ in module.named_parameters()):
+        pytest.skip("no bias")
     objective, view = InfluenceObjective(), ParameterView(module, include)
     halves = [(batch[0][:2], batch[1][:2]), (batch[0][2:], batch[1][2:])]  # of unequal sizes
     kfac = kronecker_curvature(module, objective, halves, view, corrected=False)
@@ -246,6 +248,26 @@ class TestOptions:
         with torch.autocast("cpu", torch.bfloat16):
             solved = small.fit().solve(rows.float(), 0.01)
         torch.testing.assert_close(solved.double(), wide, rtol=1e-3, atol=1e-3)
+
+    def test_sixteen_bit_networks_are_fitted_in_float32(self, small):
+        small.module.float()
+        small.batch, small.view = (small.batch[0].float(), small.batch[1]), ParameterView(small.module)
+        exact, rows = small.fit(), torch.randn(2, 53)
+        small.module.bfloat16()
+        small.batch, small.view = (small.batch[0].bfloat16(), small.batch[1]), ParameterView(small.module)
+        rough = small.fit()
+        assert rough.eigenvalues().dtype == torch.float32
+        assert rough.solve(rows.bfloat16(), 0.1).dtype == torch.float32
+        torch.testing.assert_close(rough.eigenvalues().sum(), exact.eigenvalues().sum(), rtol=0.03, atol=0)
+        torch.testing.assert_close(rough.solve(rows, 0.1), exact.solve(rows, 0.1), rtol=0.1, atol=0.5)
+
+    def test_explicit_gradients_of_the_diagonal_come_in_pieces(self):
+        module, batch = layer_toys.build("own-parameter")
+        whole = KroneckerStatistics(module, InfluenceObjective())
+        pieces = KroneckerStatistics(module, InfluenceObjective())
+        pieces.gradients.memory_bytes = 2 * 6 * 4  # two samples' of six numbers
+        assert [part for _, part in pieces.gradients.split(batch)] == [slice(0, 2), slice(2, 4), slice(4, 5)]
+        torch.testing.assert_close(pieces.factors(batch)["diagonal"], whole.factors(batch)["diagonal"])
 
 
 class TestErrors:

@@ -233,6 +233,23 @@ class TestSurroundings:
         torch.testing.assert_close(gradients.explicit(batch), expected)
         assert not gradients.uncovered
 
+    @pytest.mark.parametrize("name", ["mlp", "own-parameter", "conv2d"])
+    @pytest.mark.parametrize("layerwise", [True, False])
+    def test_sixteen_bit_networks_give_float32_gradients(self, name, layerwise):
+        module, (x, t) = layer_toys.build(name)
+        exact = SampleGradients(module.float(), InfluenceObjective()).explicit((x.float(), t))
+        rough = SampleGradients(module.bfloat16(), InfluenceObjective(), layerwise=layerwise)
+        batch = (x.bfloat16(), t)
+        rows = torch.randn(3, rough.view.numel)
+        assert rough.project(batch, rows).dtype == torch.float32
+        assert (rough.explicit(batch) - exact).norm() < 0.03 * exact.norm()
+        torch.testing.assert_close(rough.project(batch, rows), rows @ rough.explicit(batch).T, rtol=1e-3, atol=1e-4)
+
+    def test_outputs_that_hang_on_no_parameter_have_no_gradient(self):
+        module, batch = mlp().eval(), samples()
+        objective = InfluenceObjective(forward=lambda module, batch: module(batch[0]).detach())
+        assert not SampleGradients(module, objective).explicit(batch).any()
+
     def test_a_sample_that_is_not_finite_is_named(self):
         x, t = samples()
         x[3, 1] = torch.nan
@@ -247,7 +264,7 @@ class TestMemory:
         module, batch = layer_toys.build("own-parameter")
         counted = Counted(module)
         whole = SampleGradients(counted, InfluenceObjective())
-        pieces = SampleGradients(counted, InfluenceObjective(), memory_bytes=2 * 6 * 8)  # two samples' of six numbers
+        pieces = SampleGradients(counted, InfluenceObjective(), memory_bytes=2 * 6 * 4)  # two samples' of six numbers
         assert [len(part) for part in pieces.parts(batch)] == [2, 2, 1]
         rows = torch.randn(3, whole.view.numel, dtype=torch.float64)
         torch.testing.assert_close(pieces.project(batch, rows), whole.project(batch, rows))
@@ -340,6 +357,11 @@ class TestRecorder:
 
 
 class TestErrors:
+    def test_outputs_of_another_number_of_samples(self):
+        objective = InfluenceObjective(forward=lambda module, batch: module(batch[0])[:2])
+        with pytest.raises(ValueError, match=re.escape("a batch of 5 samples must give as many outputs; got (2, 3)")):
+            SampleGradients(mlp(), objective)(samples())
+
     def test_arguments(self):
         module = mlp()
         with pytest.raises(ValueError, match=r"quantity must be .* got 'gain'"):
