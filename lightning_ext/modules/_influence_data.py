@@ -55,14 +55,14 @@ class Shard:
     def __len__(self) -> int:
         return -(-len(self._indices) // self.batch_size)
 
+    def _loader(self, indices: list[int], **kwargs: Any) -> DataLoader[Any]:
+        chosen = Subset(self.dataset, indices)  # type: ignore[arg-type]
+        generator = torch.Generator().manual_seed(0)  # a loader without one draws from the global generator
+        return DataLoader(chosen, collate_fn=self._collate, generator=generator, **kwargs)
+
     def indexed(self) -> Iterator[tuple[Tensor, Any]]:
         """Positions and batches."""
-        batches = DataLoader(
-            Subset(self.dataset, self._indices),  # type: ignore[arg-type]
-            batch_size=self.batch_size,
-            collate_fn=self._collate,
-            num_workers=self._workers,
-        )
+        batches = self._loader(self._indices, batch_size=self.batch_size, num_workers=self._workers)
         for i, batch in enumerate(batches):
             part = self._indices[i * self.batch_size : (i + 1) * self.batch_size]
             yield torch.tensor(part), self._move(batch)
@@ -77,8 +77,7 @@ class Shard:
             raise ValueError(
                 f"Samples must lie in 0 to {self.num_samples - 1}, at least one; got {list(indices)[:20]}."
             )
-        chosen = Subset(self.dataset, list(indices))  # type: ignore[arg-type]
-        return self._move(next(iter(DataLoader(chosen, batch_size=len(indices), collate_fn=self._collate))))
+        return self._move(next(iter(self._loader(list(indices), batch_size=len(indices)))))
 
 
 def digest(*parts: Any) -> str:

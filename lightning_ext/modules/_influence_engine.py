@@ -322,7 +322,8 @@ class Engine:
     def factors(self, batch: Any) -> Tensor:
         r"""The rows :math:`H^{1/2} J / \sqrt N` of each sample, ``(B, K, D)``."""
         size = batch_size(batch)
-        rows = GGNOperator(self.base, self.objective, [batch], self.view, num_samples=size).square_root_rows()
+        with evaluating(self.base):
+            rows = GGNOperator(self.base, self.objective, [batch], self.view, num_samples=size).square_root_rows()
         return rows.view(-1, size, self.view.numel).transpose(0, 1) * math.sqrt(size / self.num_samples)
 
     def leave_out(self, groups: Sequence[Sequence[int]], queries: Tensor, rescale: bool) -> Tensor:

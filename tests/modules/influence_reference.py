@@ -1,5 +1,7 @@
 """Influence by torch.func and dense matrices, one sample after the other; and the small networks it is asked of."""
 
+from itertools import pairwise
+
 import torch
 from torch import nn
 from torch.func import functional_call, grad, hessian, jacrev
@@ -24,7 +26,7 @@ def half_squared_error(y, t):
 def network(*sizes, seed=0):
     """Tanh between linear layers; not trained: nothing here needs a minimum."""
     torch.manual_seed(seed)
-    layers = [layer for a, b in zip(sizes, sizes[1:], strict=False) for layer in (nn.Linear(a, b), nn.Tanh())]
+    layers = [layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b), nn.Tanh())]
     return nn.Sequential(*layers[:-1])
 
 
