@@ -87,6 +87,20 @@ def test_sampled_labels_depend_on_the_seed_and_the_update_alone():
     assert not torch.allclose(sampled(0), sampled(0, updates=2)), "the second update drew the labels of the first"
 
 
+def test_each_rank_draws_its_own_labels(monkeypatch):
+    module, batch = network(), data()[0]
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+
+    def sampled(rank):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
+        metric = KroneckerFactors(module, OBJECTIVE, fisher="mc", sync_on_compute=False)
+        metric.update(module, batch)
+        return metric.compute()["3.S"]
+
+    assert torch.equal(sampled(0), sampled(0))
+    assert not torch.allclose(sampled(0), sampled(1))
+
+
 def test_under_inference_mode():
     module, batches = network(), data()
     expected = KroneckerFactors(module, OBJECTIVE)
