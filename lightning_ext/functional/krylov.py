@@ -29,7 +29,8 @@ def conjugate_gradients(
         x0: ``(R, D)``, where to start; None for 0.
         method: the name in the report and in errors.
         shared: one search space for all rows, as in `block_cg`, instead of one for each.
-        semidefinite: stop a row at a direction of no curvature instead of refusing the operator; not with ``shared``.
+        semidefinite: stop a row at a direction without curvature, up to rounding, instead of refusing the
+            operator; not with ``shared``.
         basis_bytes: what a shared search space may keep of its earlier directions.
         check: how the final residual is recomputed, see `LinearSystem.solve`.
 
@@ -63,6 +64,7 @@ class _RowRecursion:
         self.system = system
         self.preconditioner = preconditioner
         self.semidefinite = semidefinite
+        self.largest = system.rhs.new_zeros(())
 
     def run(self, x: Tensor, residual: Tensor, budget: int) -> int:
         """Move x and its residual in place until every row meets its limit; returns the iterations used."""
@@ -78,7 +80,7 @@ class _RowRecursion:
                 return iteration
             image = self.system.product(p)
             curvature = torch.linalg.vecdot(p, image)
-            sound = (curvature > 0) & curvature.isfinite() & (rz > 0)
+            sound = (curvature > self._least_curvature(p, curvature)) & curvature.isfinite() & (rz > 0)
             step = torch.where(sound, rz / curvature, 0.0)[:, None]
             if len(rows) == len(x):
                 x.addcmul_(step, p)
@@ -100,6 +102,14 @@ class _RowRecursion:
         if r is not residual:
             residual[rows] = r
         return budget
+
+    def _least_curvature(self, p: Tensor, curvature: Tensor) -> Tensor:
+        """0, or what rounding makes of a direction in the null space of a semidefinite operator."""
+        if not self.semidefinite:
+            return curvature.new_zeros(())
+        length = torch.linalg.vecdot(p, p)
+        self.largest = torch.maximum(self.largest, (curvature / length).amax())
+        return 10 * torch.finfo(p.dtype).eps * self.largest * length
 
     def _precondition(self, r: Tensor) -> tuple[Tensor, Tensor]:
         z = r if self.preconditioner is None or len(r) == 0 else self.preconditioner(r).detach()
