@@ -57,7 +57,8 @@ class _OutputShare:
             self._by_layers = False
         y, t, linearized = self.outputs, self._targets, self._linearized
         parts = torch.split(rows, max(1, _BLOCK_BYTES // max(1, y.numel() * y.element_size())))
-        return torch.cat([linearized.vjp(self._operator.between(y, t, linearized.jvp(part))) for part in parts])
+        products = [linearized.vjp(self._operator.between(y, t, linearized.jvp(part))) for part in parts]
+        return products[0] if len(products) == 1 else torch.cat(products)
 
 
 class _ThroughOutputs(CurvatureOperator):

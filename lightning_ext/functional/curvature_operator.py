@@ -103,13 +103,15 @@ class CurvatureOperator(ABC):
         if rows.ndim != 2 or rows.shape[1] != self.size:
             raise ValueError(f"rows must have the shape (R, {self.size}); got {tuple(rows.shape)}.")
         rows = rows.to(self.dtype)
-        total = torch.zeros_like(rows)
+        total = None
         for share in self._shares():
-            total += share.product(rows)
+            product = share.product(rows)
+            total = product if total is None else total.add_(product)
+        total = torch.zeros_like(rows) if total is None else total
         if self.reduce is not None:
             total = self.reduce(total)
         total = total.div_(self.num_samples).add_(rows, alpha=self.damping)
-        if not bool(total.isfinite().all()):
+        if not bool(total.sum().isfinite()) and not bool(total.isfinite().all()):
             self._explain(rows)
         return total
 

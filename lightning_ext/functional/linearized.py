@@ -84,10 +84,12 @@ class PullBack:
         """Pull back cotangents ``(R, *shape)``, one tensor per output, to rows ``(R, columns)``."""
         count = len(cotangents[0])
         with torch.inference_mode(False), torch.enable_grad():
-            rows = self._inputs[0].new_zeros(count, sum(x.numel() for x in self._inputs))
+            columns, step = sum(x.numel() for x in self._inputs), self._at_once
             kept = [_without_inference(cotangents[i]) for i in self._live]
-            step = self._at_once
-            for start in range(0, count if kept else 0, step):
+            if not kept:
+                return self._inputs[0].new_zeros(count, columns)
+            rows = self._inputs[0].new_empty(count, columns)
+            for start in range(0, count, step):
                 part = slice(start, start + step)
                 torch.cat(self._gradients([c[part] for c in kept]), 1, out=rows[part])
         return rows

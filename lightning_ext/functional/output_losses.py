@@ -70,6 +70,8 @@ class SoftmaxCrossEntropy(OutputLoss):
         if t is None or self._soft(y, t):
             return y.new_full(y.shape[:-1], 1 / max(1, math.prod(y.shape[1:-1])))
         counted = (self.labels(y, t) != self.ignore_index).to(y.dtype)
+        if y.ndim == 2:
+            return counted
         return counted / counted.reshape(len(y), -1).sum(1).clamp(min=1).reshape(-1, *[1] * (y.ndim - 2))
 
     def _expected(self, y: Tensor, t: Tensor) -> Tensor:
