@@ -337,7 +337,8 @@ class Engine:
             if len(set(group)) < len(group):
                 raise ValueError(f"A sample can leave only once; got the group {list(group)[:20]}.")
             batch = self.shard.get(group)
-            gradient = self.losses.explicit(batch).sum(0, keepdim=True)
+            with self.naming([(torch.tensor(group), batch)]):
+                gradient = self.losses.explicit(batch).sum(0, keepdim=True)
             if rescale:
                 factor = self.factors(batch).flatten(0, 1)
                 solved = self.solve_replicated(torch.cat([gradient, factor]))

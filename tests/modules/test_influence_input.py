@@ -1,0 +1,342 @@
+"""What is wrong with the input is said at once: which argument, which sample, what to do; never a silent number."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_ext._lightning import MisconfigurationException, submodule
+from lightning_ext.functional import ConvergenceWarning, InfluenceObjective
+from lightning_ext.modules import InfluenceModule
+from lightning_ext.testing import ddp_trainer_kwargs
+from tests.modules import influence_reference as ref
+from tests.modules.influence_reference import N, classes, close, loader, matrix, network, numbers, predict
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
+SIZES = (4, 5, 3)
+
+
+def influence(base=None, *args, **kwargs):
+    options = {"queries": ref.queries(), "damping": 0.1, "double": True, **kwargs}
+    return InfluenceModule(network(*SIZES) if base is None else base, *args, **options)
+
+
+ARGUMENTS = {
+    "damping": [-0.1, float("nan"), float("inf"), "much", None],
+    "weight_decay": [-0.1, float("nan"), float("inf")],
+    "rank": [0, -1],
+    "max_iterations": [0],
+    "tol": [0.0, 1.0, -1.0, float("nan")],
+    "normalize": ["relatif", True],
+    "curvature": ["fisher"],
+    "solver": ["ldl"],
+    "mode": ["group", None],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in ARGUMENTS.items() for value in values])
+def test_arguments_out_of_range(name, value):
+    with pytest.raises(ValueError, match=name):
+        influence(**{name: value})
+
+
+def test_gradients_need_a_folder():
+    with pytest.raises(ValueError, match="output_dir"):
+        influence(mode="gradients")
+
+
+@pytest.mark.parametrize("curvature", ["hessian", "empirical_fisher"])
+def test_only_a_gauss_newton_matrix_lets_samples_leave(curvature):
+    with pytest.raises(ValueError, match="rescale"):
+        influence(rescale=True, curvature=curvature)
+    module = influence(curvature=curvature, damping=1.0)
+    with pytest.raises(ValueError, match="rescale"):
+        module.leave_out([[0]], loader(classes()))
+    assert module.leave_out([[0]], loader(classes()), rescale=False).isfinite().all()
+
+
+def test_a_hessian_has_no_automatic_damping():
+    with pytest.raises(ValueError, match="auto"):
+        influence(curvature="hessian", damping="auto").scores(loader(classes()))
+
+
+# -- damping ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solver", ["auto", "direct", "dual", "nystrom_cg", "cg", "ekfac", "kfac", "lanczos", "trak"])
+def test_no_damping_with_more_parameters_than_outputs(solver):
+    with pytest.raises(ValueError, match="damping"):
+        influence(damping=0.0, solver=solver).scores(loader(classes(10)))
+
+
+@pytest.mark.parametrize("solver", ["auto", "direct", "dual", "nystrom_cg", "nystrom", "trak"])
+def test_no_damping_where_samples_repeat(solver):
+    """As many outputs as parameters, but the same ones: only the factorisation can find out."""
+    x, t = classes(1)[:]
+    data = TensorDataset(x.expand(30, -1), t.expand(30))
+    with pytest.raises((ValueError, torch.linalg.LinAlgError), match="damping"):
+        influence(damping=0.0, solver=solver, rank=60).scores(loader(data))
+
+
+def test_inner_products_of_gradients_need_no_damping():
+    assert influence(damping=0.0, solver="identity").scores(loader(classes(3))).isfinite().all()
+
+
+def test_a_sample_that_carries_all_of_the_curvature_cannot_leave_it():
+    base = nn.Linear(1, 1, bias=False)
+    data = TensorDataset(torch.tensor([[1.0], [0.0], [0.0]]), torch.ones(3, 1))
+    module = influence(base, InfluenceObjective("mse"), queries=[data[:1]], damping=0.0, rescale=True)
+    with pytest.raises(ValueError, match="leverage"):
+        module.scores(loader(data))
+
+
+@pytest.mark.parametrize("solver", ["cg", "normal_cg", "nystrom_cg", "neumann"])
+def test_a_solver_that_stops_too_soon_warns_and_says_so(solver):
+    module = influence(solver=solver, damping=1e-4, tol=1e-10, max_iterations=1, rank=1)
+    with pytest.warns(ConvergenceWarning, match="residual"):
+        module.scores(loader(classes()))
+    assert module.report["converged"] is False
+    assert module.report["residual"] > 1e-10
+    again = influence(solver=solver, damping=0.1, tol=1e-2, max_iterations=500)
+    again.scores(loader(classes()))
+    assert again.report["converged"] is True
+
+
+# -- losses and networks ------------------------------------------------------------------------------------------
+
+
+def sine(y, t):
+    return (3 * y - t).sin().sum(1)
+
+
+@pytest.mark.parametrize("solver", ["auto", "direct", "dual", "nystrom_cg", "ekfac"])
+def test_a_loss_that_is_not_convex(solver):
+    module = influence(network(4, 3, 1), InfluenceObjective(sine), queries=ref.queries(k=1), solver=solver)
+    with pytest.raises(ValueError, match=r"convex|curvature"):
+        module.scores(loader(numbers()))
+
+
+def test_a_loss_that_is_not_convex_has_a_hessian():
+    base, asked = network(4, 3, 1), ref.queries(k=1)
+    module = influence(base, InfluenceObjective(sine), queries=asked, curvature="hessian", solver="normal_cg", tol=1e-9)
+    dense = ref.Dense(base, numbers()[:], lambda y, t: (3 * y - t).sin().sum())
+    close(module.scores(loader(numbers())), dense.scores(asked, 0.1, dense.hessian()), rtol=1e-4)
+
+
+class Odd(nn.Module):
+    """A layer that no Kronecker factor is known for."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.mix, self.last = nn.Linear(4, 5), nn.Bilinear(5, 5, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        h = torch.tanh(self.first(x))
+        return self.last(self.mix(h, h))
+
+
+@pytest.mark.parametrize("solver", ["ekfac", "kfac"])
+def test_layers_without_factors_take_the_exact_diagonal(solver):
+    torch.manual_seed(0)
+    base = Odd()
+    module = influence(base, solver=solver)
+    found = module.scores(loader(classes()))
+    wanted = ref.Dense(base, classes()[:])
+    exact = wanted.scores(ref.queries(), 0.1)
+    assert torch.corrcoef(torch.stack([found.flatten(), exact.flatten()]))[0, 1] > 0.7
+    only = influence(base, solver="ekfac", include="mix")
+    dense = ref.Dense(base, classes()[:], keep=lambda name: "mix" in name)
+    diagonal = dense.ggn().diagonal().diag()
+    close(only.scores(loader(classes())), dense.scores(ref.queries(), 0.1, diagonal))
+
+
+def test_no_parameter_is_chosen():
+    with pytest.raises(ValueError, match="decoder"):
+        influence(include="decoder").scores(loader(classes()))
+
+
+def test_half_precision_weights_without_a_trainer():
+    with pytest.raises(MisconfigurationException, match="bfloat16"):
+        influence(network(*SIZES).bfloat16(), double=False).scores(loader(classes()))
+
+
+def test_a_strategy_that_shards_parameters_is_refused():
+    strategy = submodule("strategies").FSDPStrategy
+
+    class Fake:
+        pass
+
+    module = influence()
+    trainer = Fake()
+    trainer.strategy, trainer.predict_dataloaders = strategy.__new__(strategy), loader(classes())
+    module._trainer = trainer
+    with pytest.raises(MisconfigurationException, match="FSDP"):
+        module.on_predict_start()
+
+
+# -- samples ------------------------------------------------------------------------------------------------------
+
+
+def spoiled(where, value=torch.nan, target=False):
+    x, t = numbers()[:]
+    (t if target else x)[where] = value
+    return TensorDataset(x, t)
+
+
+@pytest.mark.parametrize("target", [False, True])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("solver", ["direct", "dual", "nystrom_cg", "cg", "ekfac", "lanczos", "identity"])
+def test_a_bad_sample_is_named_by_its_place_in_the_data_set(solver, value, target):
+    """The seventeenth of the data set, fourth of its batch; nn.ReLU hides no infinity."""
+    base = nn.Linear(4, 1)
+    module = influence(base, InfluenceObjective("mse"), queries=ref.queries(k=1), solver=solver, rank=5)
+    with pytest.raises(ValueError, match=r"Samples \[17\] of the data set"):
+        module.scores(loader(spoiled(17, value, target), 7))
+
+
+@pytest.mark.parametrize("mode", ["pairwise", "self"])
+def test_a_bad_sample_is_named_under_a_trainer(mode):
+    module = influence(nn.Linear(4, 1), InfluenceObjective("mse"), queries=ref.queries(k=1), mode=mode)
+    with pytest.raises(ValueError, match=r"Samples \[3, 4\] of the data set"):
+        predict(module, loader(spoiled([3, 4, 20], target=True), shuffle=False))
+    with pytest.raises(ValueError, match=r"Samples \[(3|4|20)\] of the data set"):
+        predict(module, loader(spoiled([3, 4, 20], target=True), 1, shuffle=True))
+
+
+@pytest.mark.ddp
+def test_a_bad_sample_is_named_on_the_rank_that_has_it():
+    module = influence(nn.Linear(4, 1), InfluenceObjective("mse"), queries=ref.queries(k=1), solver="cg")
+    with pytest.raises(Exception, match=r"Samples \[17\] of the data set|Connection closed|terminated"):
+        predict(module, loader(spoiled(17), 4), **ddp_trainer_kwargs(timeout=10))
+
+
+def test_self_influence_and_groups_name_a_bad_sample():
+    module = influence(nn.Linear(4, 1), InfluenceObjective("mse"), queries=ref.queries(k=1))
+    data = loader(spoiled(9, target=True), 4)
+    with pytest.raises(ValueError, match=r"Samples \[9\]"):
+        module.self_influence(data)
+    with pytest.raises(ValueError, match=r"Samples \[9\]"):
+        module.leave_out([[1, 2], [8, 9]], data)
+
+
+def test_a_bad_query_is_named():
+    asked = [ref.queries()[0], ref.queries(seed=3)[0]]
+    asked[1][0][2, 1] = torch.nan
+    with pytest.raises(ValueError, match=r"batch 1 of the queries.*samples \[2\]"):
+        influence(queries=asked).scores(loader(classes()))
+
+
+def test_a_query_without_a_gradient_warns_and_scores_nothing():
+    x, t = ref.queries()[0]
+    asked = [(torch.cat([x, x[:1]]), torch.cat([t, t[:1]]))]
+    objective = InfluenceObjective(measurement=lambda y, t: y[:, 0] * (torch.arange(len(y)) != 1))
+    for solver in ("direct", "dual", "nystrom_cg", "cg", "neumann", "ekfac"):
+        module = influence(None, objective, queries=asked, solver=solver, max_iterations=1000)
+        with pytest.warns(UserWarning, match=r"no gradient at queries \[1\]"):
+            found = module.scores(loader(classes()))
+        assert (found[1] == 0).all()
+        assert (found[[0, 2, 3]].abs().amax(1) > 0).all()
+        close(found[3], found[0], rtol=1e-6)
+
+
+def test_a_data_set_of_zero_gradients_scores_nothing():
+    """A network that is right about everything: relative scores of nothing are nothing."""
+    base = nn.Linear(4, 1)
+    nn.init.zeros_(base.weight)
+    nn.init.zeros_(base.bias)
+    data = TensorDataset(numbers().tensors[0], torch.zeros(N, 1))
+    for normalize in (None, "parameter", "loss"):
+        module = influence(base, InfluenceObjective("mse"), queries=ref.queries(k=1), normalize=normalize)
+        assert (module.scores(loader(data)) == 0).all()
+    assert (module.self_influence(loader(data)) == 0).all()
+
+
+# -- loaders ------------------------------------------------------------------------------------------------------
+
+
+def test_an_empty_data_set():
+    with pytest.raises(ValueError, match="empty"):
+        influence().scores(loader(TensorDataset(torch.zeros(0, 4), torch.zeros(0, dtype=torch.long))))
+
+
+def test_pairs_need_queries():
+    for call in (lambda m: m.scores(loader(classes())), lambda m: predict(m, loader(classes())),
+                 lambda m: m.leave_out([[0]], loader(classes()))):  # fmt: skip
+        with pytest.raises(ValueError, match="queries is None"):
+            call(influence(queries=None))
+
+
+def test_queries_that_are_used_up():
+    module = influence(queries=iter(ref.queries()))
+    module.scores(loader(classes()))
+    with pytest.raises(ValueError, match="queries holds no batch"):
+        module.scores(loader(classes()))
+
+
+@pytest.mark.parametrize("asked", ["shuffle", "batch_sampler"])
+def test_queries_without_an_order_are_refused(asked):
+    data = classes(3)
+    options = {"shuffle": True, "batch_size": 2}
+    if asked == "batch_sampler":
+        sampler = torch.utils.data.RandomSampler(data)
+        options = {"batch_sampler": torch.utils.data.BatchSampler(sampler, 2, drop_last=False)}
+    with pytest.raises(MisconfigurationException, match="shuffle=False"):
+        influence(queries=DataLoader(data, **options)).scores(loader(classes()))
+
+
+@pytest.mark.parametrize("data", [None, [1, 2], "train"], ids=str)
+def test_what_is_no_loader(data):
+    with pytest.raises(MisconfigurationException, match="DataLoader"):
+        influence().scores(data)
+
+
+@pytest.mark.parametrize("group", [[0, 0], [-1], [N], []], ids=str)
+def test_groups_name_samples_once(group):
+    with pytest.raises(ValueError, match=r"only once|0 to 22"):
+        influence().leave_out([[1], group], loader(classes()))
+
+
+def test_samples_that_change_from_pass_to_pass():
+    class Augmented(torch.utils.data.Dataset):
+        def __len__(self):
+            return N
+
+        def __getitem__(self, i):
+            x, t = classes()[i]
+            return x + torch.randn(4), t
+
+    module = influence(solver="cg", cache_bytes=0)
+    with pytest.raises(ValueError, match="random transformations"):
+        module.scores(loader(Augmented()))
+
+
+def test_a_measurement_of_another_shape():
+    module = influence(None, InfluenceObjective(measurement=lambda y, t: y))
+    with pytest.raises(ValueError, match="one number per sample"):
+        module.scores(loader(classes()))
+
+
+def test_asked_before_anything_ran():
+    module = influence()
+    assert module.report == {}
+    with pytest.raises(RuntimeError, match="first"):
+        _ = module.view
+
+
+def test_positions_that_the_loader_keeps_to_itself(monkeypatch):
+    """A loader that was told to batch, but makes other batches than its sampler says."""
+
+    class Halving(DataLoader):
+        def __iter__(self):
+            for x, t in super().__iter__():
+                yield x[:2], t[:2]
+
+    with pytest.raises(MisconfigurationException, match="which samples are in a batch"):
+        predict(influence(), Halving(classes(), batch_size=5))
+
+
+def test_scores_stay_finite_at_huge_gradients():
+    x, t = classes()[:]
+    data = TensorDataset(1e6 * x, t)
+    found = matrix(predict(influence(), loader(data)))
+    assert found.isfinite().all()
