@@ -242,8 +242,8 @@ class LayerRecorder:
             name: torch.ones_like(p) if name == "weight" else torch.zeros_like(p)
             for name, p in layer.named_parameters(recurse=False)
         }
-        with torch.no_grad():  # so that the layer's hook passes this call over
-            normalized: Tensor = torch.func.functional_call(layer, identity, (x,))
+        # nothing here requires a gradient, so the layer's hook passes this call over
+        normalized: Tensor = torch.func.functional_call(layer, identity, (x,))
         return normalized
 
     def _output_tokens(self, layer: RecordedLayer, g: Tensor, batch: int) -> Tensor:

@@ -339,6 +339,15 @@ class TestRecorder:
                 torch.testing.assert_close(a[s], b[s])
                 torch.testing.assert_close(a[s], c)
 
+    def test_still_listening(self):
+        module, batch = layer_toys.build("batchnorm1d")
+        with LayerRecorder(module, ParameterView(module)) as recorder:
+            outputs = module(batch[0])
+            inside = recorder.backward(outputs, torch.ones_like(outputs)).explicit()
+            again = recorder.backward(outputs, torch.ones_like(outputs)).explicit()
+        assert torch.equal(inside, again)
+        assert torch.equal(inside, recorder.backward(outputs, torch.ones_like(outputs)).explicit())
+
     def test_parameters_without_a_layer_are_asked_for(self):
         module, batch = layer_toys.build("own-parameter")
         view = ParameterView(module)
