@@ -6,6 +6,7 @@ import types
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
@@ -195,6 +196,37 @@ def test_every_parameter_has_its_own_rate_in_manual_optimisation_too():
     assert_near(callback.self_influence, own)
 
 
+class Alternates(Groups):
+    """The second optimizer steps in the first batch of an epoch alone; then its rate changes."""
+
+    def training_step(self, batch, batch_idx):
+        first, second = self.optimizers()
+        loss = F.cross_entropy(self(batch[0]), batch[1])
+        first.zero_grad()
+        second.zero_grad()
+        self.manual_backward(loss)
+        if batch_idx == 0:
+            second.step()
+            second.optimizer.param_groups[0]["lr"] *= 0.5
+        first.step()
+
+
+class Shared(Groups):
+    """Two optimizers step every parameter."""
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1), torch.optim.SGD(self.parameters(), lr=0.02)
+
+
+@pytest.mark.parametrize(("module", "rates"), [(Alternates, [0.01, 0.005]), (Shared, [0.12, 0.12])])
+def test_each_optimizers_own_last_step_counts(module, rates):
+    callback, seen = TracInCallback(include="net.2.weight"), Snapshots()
+    fit(callback, quietly(module), epochs=2, extra=[seen])
+    scores, own = by_hand(seen.copies, rates, table(11), table(5, seed=2), include="net.2.weight")
+    assert_near(callback.scores, scores)
+    assert_near(callback.self_influence, own)
+
+
 class Raw(Groups):
     """Steps past Lightning's optimizers, so that no hook tells."""
 
@@ -288,7 +320,7 @@ def test_batches_may_be_dicts():
     assert torch.equal(named.scores, plain.scores)
 
 
-def test_projections_are_right_on_average_and_differ_between_checkpoints():
+def test_projections_are_right_on_average():
     exact = TracInCallback()
     fit(exact, epochs=2)
     runs = []
@@ -304,6 +336,14 @@ def test_projections_are_right_on_average_and_differ_between_checkpoints():
     wide = TracInCallback(project_dim=20_000)
     fit(wide, epochs=2)
     assert (wide.scores - exact.scores).norm() < 0.1 * exact.scores.norm()
+
+
+def test_every_checkpoint_has_a_projection_of_its_own():
+    once, twice = TracInCallback(project_dim=8), TracInCallback(project_dim=8)
+    fit(once, quietly(lr=1e-9, gamma=1.0), epochs=1)
+    fit(twice, quietly(lr=1e-9, gamma=1.0), epochs=2)
+    torch.testing.assert_close(twice.self_influence, 2 * once.self_influence)
+    assert (twice.scores - 2 * once.scores).norm() > 0.1 * once.scores.norm()
 
 
 def test_blocks_of_queries_change_nothing(monkeypatch):
@@ -444,6 +484,8 @@ def test_what_does_not_fit_is_said_before_the_first_step():
     loaders = DataLoader(Named(table(11)), 4), DataLoader(Named(table(5)), 3)
     with pytest.raises(ValueError, match=r"forward looks for batch\[0\], but the batch is a mapping"):
         fit(TracInCallback(), NamedNet, *loaders, extra=[Counts()])
+    with pytest.raises(ValueError, match=r"forward looks for batch\[0\], but the batch is a mapping"):
+        fit(TracInCallback(queries=[]), NamedNet, *loaders, extra=[Counts()])
     good = InfluenceObjective(forward="image", target="label")
     with pytest.raises(ValueError, match=r"forward looks for batch\['image'\]"):
         fit(TracInCallback(good, queries=query_loader()), NamedNet, *loaders, extra=[Counts()])
@@ -509,6 +551,35 @@ def test_queries_and_samples_of_ones_own_draw_nothing_from_the_global_generator(
     )
 
 
+class Jittered(Dataset):
+    """Items that are drawn anew when they are read."""
+
+    def __len__(self):
+        return 11
+
+    def __getitem__(self, index):
+        x, y = table(11)[index]
+        return x + 0.1 * torch.rand(6), y
+
+
+def test_samples_that_draw_leave_the_global_generator_as_it_was():
+    data = DataLoader(Jittered(), 4, shuffle=True)
+    assert_observer(TracInCallback, Net, lambda: (data, DataLoader(Jittered(), 3)))
+
+
+def test_the_trainer_goes_on_training():
+    stages = []
+
+    class Looks(Callback):
+        def on_train_start(self, trainer, pl_module):
+            stages.append(trainer.state.stage.value)
+
+        on_train_epoch_end = on_train_start
+
+    fit(TracInCallback(), extra=[Looks()], epochs=2)
+    assert stages == ["train"] * 3
+
+
 # -- state and results ------------------------------------------------------------------------------------------------
 
 
@@ -523,21 +594,6 @@ def test_a_resumed_run_has_the_same_scores(checkpoint, crash_at):
         crash_at=crash_at,
         max_epochs=3,
     )
-
-
-class Alternates(Groups):
-    """The second optimizer steps in the first batch of an epoch alone; then its rate changes."""
-
-    def training_step(self, batch, batch_idx):
-        first, second = self.optimizers()
-        loss = F.cross_entropy(self(batch[0]), batch[1])
-        first.zero_grad()
-        second.zero_grad()
-        self.manual_backward(loss)
-        first.step()
-        if batch_idx == 0:
-            second.step()
-            second.optimizer.param_groups[0]["lr"] *= 0.5
 
 
 def test_the_rates_of_steps_before_a_crash_are_kept():
@@ -624,15 +680,22 @@ still = quietly(lr=1e-7)  # a step hardly moves it, so that one and two processe
 
 @pytest.mark.ddp
 @pytest.mark.parametrize("n", [11, 12])
-def test_two_processes_find_what_one_finds(tmp_path, n):
+def test_two_processes_find_what_one_finds(tmp_path, monkeypatch, n):
+    save = torch.save
+
+    def by_rank(*args):
+        (tmp_path / f"rank{dist.get_rank()}.wrote").touch()
+        save(*args)
+
     alone = TracInCallback()
     fit(alone, still, DataLoader(table(n), 3), epochs=2)
 
     class Saves(Callback):
         def on_train_end(self, trainer, pl_module):
-            torch.save((together.scores, together.self_influence), tmp_path / f"rank{trainer.global_rank}.pt")
+            save((together.scores, together.self_influence), tmp_path / f"rank{trainer.global_rank}.pt")
 
     together = TracInCallback()
+    monkeypatch.setattr(torch, "save", by_rank)
     logged = fit(
         together, still, DataLoader(table(n), 3), extra=[Saves()], default_root_dir=tmp_path,
         **ddp_trainer_kwargs(max_epochs=2, enable_checkpointing=False),
@@ -642,4 +705,5 @@ def test_two_processes_find_what_one_finds(tmp_path, n):
         assert torch.equal(one, two), "every rank holds the same"
         assert_near(one, expected, rtol=1e-4)
     assert torch.equal(torch.load(tmp_path / "tracin.pt")["scores"], ranks[0][0])
+    assert [path.name for path in tmp_path.glob("*.wrote")] == ["rank0.wrote"]
     assert logged.callback_metrics["influence/tracin_mean"].item() == pytest.approx(ranks[0][0].mean().item(), rel=1e-5)

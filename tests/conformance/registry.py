@@ -215,8 +215,6 @@ _RESPONSES = [
     Entry(["PBRFModule"], "module", influence_responses.bregman, **_RESPONSE),
 ]
 
-_RECIPE_WITH_CARD = "a recipe is refused before its method has a card; then recipe='influence' stands here"
-
 _INFLUENCE = [
     *(
         Entry(
@@ -226,7 +224,7 @@ _INFLUENCE = [
             other=lambda: callbacks.TracInCallback(samples=DataLoader(toys.rows(), 5), filename="other.pt"),
             module=toys.Plain,
             label=f"TracInCallback{label}",
-            skip={"cli_recipe": _RECIPE_WITH_CARD},
+            recipe="influence",
         )
         for label, chosen in (("", {}), ("-projected", {"project_dim": 7, "include": "weight"}))
     ),
@@ -238,7 +236,7 @@ _INFLUENCE = [
             other=lambda: callbacks.CurvatureCollector(samples=DataLoader(toys.rows(), 5), include="bias"),
             module=toys.Plain,
             label=f"CurvatureCollector-{chosen['method']}",
-            skip={"cli_recipe": _RECIPE_WITH_CARD},
+            recipe="influence",
         )
         for chosen in ({"method": "ekfac", "every_n_epochs": 1}, {"method": "kfac", "output_dir": "curvature"})
     ),
