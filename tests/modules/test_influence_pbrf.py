@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_ext._lightning import MisconfigurationException, submodule
 from lightning_ext.functional import GGNOperator, InfluenceObjective
 from lightning_ext.modules import PBRFModule
+from lightning_ext.modules._influence_newton import Newton
 from lightning_ext.testing import StatefulLoader, assert_resumes, ddp_trainer_kwargs
 from tests.modules.test_influence_response import (
     HALF,
@@ -70,6 +71,22 @@ def test_a_fit_cut_short_never_ends_at_a_step_that_led_uphill():
             fit(module, max_epochs=epochs)
         gone = module.newton.gradient.norm(dim=1) / module.gradient_ratio  # what the last accepted point had
         assert (gone >= norms * (1 - 1e-6)).all(), f"a copy ended uphill after {epochs} epochs"
+
+
+def test_a_step_that_leads_uphill_is_halved():
+    """A metric that is ten times too long, on a parabola and on a cone with a rounded tip."""
+    search = Newton(2, 1, torch.float64)
+    search.solve = lambda rows: 10 * rows
+    x, values = torch.full((2, 1), 3.0, dtype=torch.float64), []
+    for _ in range(40):
+        value = torch.stack([x[0, 0] ** 2 / 2, (1 + x[1, 0] ** 2).sqrt()])
+        gradient = torch.stack([x[0], x[1] / (1 + x[1] ** 2).sqrt()])
+        x = search.step(x, gradient, value, torch.zeros(2, dtype=torch.bool))
+        values.append(search.value.clone())
+    assert (torch.stack(values).diff(dim=0) <= 0).all()
+    torch.testing.assert_close(search.point, torch.zeros_like(x), rtol=0.0, atol=1e-6)
+    resting = search.step(torch.ones_like(x), torch.ones_like(x), torch.zeros(2), torch.ones(2, dtype=torch.bool))
+    assert torch.equal(resting, torch.ones_like(x)), "a copy that is done went on"
 
 
 def test_half_the_precision_goes_down_to_its_rounding_and_stays():

@@ -186,7 +186,7 @@ def test_dropout_is_off_and_batchnorm_frozen_all_along():
     runs = []
     for seed in (0, 1):
         torch.manual_seed(seed)
-        module = ResponseModule(base, None, "warm", GROUPS, lr=0.05)
+        module = ResponseModule(base, None, "warm", GROUPS, lr=0.05).train()
         fit(module, loader(batch_size=4), max_epochs=2)
         assert not any(part.training for part in module.base.modules())
         assert all(torch.equal(b, buffers[name]) for name, b in module.base.named_buffers())
@@ -213,12 +213,21 @@ def test_measurements_are_those_of_networks_with_the_moved_parameters():
     assert torch.equal(predicted.mT, module.measure(batches)[:, : len(predicted)])
 
 
-def test_chunks_change_nothing():
+def test_chunks_bound_the_copies_at_once_and_change_nothing(monkeypatch):
+    chunks, vmap = set(), torch.func.vmap
+
+    def watched(function, in_dims=0, chunk_size=None, **kwargs):
+        chunks.add(chunk_size)
+        return vmap(function, in_dims, chunk_size=chunk_size, **kwargs)
+
+    monkeypatch.setattr(torch.func, "vmap", watched)
     runs = []
     for chunk_size in (None, 2):
+        chunks.clear()
         module = PBRFModule(net(), None, [0, 1, [2, 3], 4, 5], LAMBDA, tolerance=None, chunk_size=chunk_size)
         fit(module, loader(batch_size=5))
         runs.append((module.response(), module.measure(loader())))
+        assert chunks == {chunk_size}
     torch.testing.assert_close(*runs)
 
 
