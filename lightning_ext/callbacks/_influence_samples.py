@@ -95,10 +95,10 @@ def naming(indices: Tensor) -> Iterator[None]:
 
 
 def blocks(rows: Iterable[Tensor], most: int, nothing: Tensor) -> Iterator[Tensor]:
-    """Join pieces of rows to blocks of at most ``most`` rows, or of one piece; ``nothing`` where there is no piece."""
+    """Join pieces of up to ``most`` rows to blocks of up to ``most`` rows; ``nothing`` where there is no piece."""
     held = [nothing]
     for piece in rows:
-        if len(held) > 1 and sum(map(len, held)) + len(piece) > most:
+        if sum(map(len, held)) + len(piece) > most:
             yield torch.cat(held)
             held = [nothing]
         held.append(piece)

@@ -444,17 +444,27 @@ class Doubles(Net):
         return [batch[0] * 2, batch[1]]
 
     def on_after_batch_transfer(self, batch, dataloader_idx):
-        return [batch[0] + torch.rand_like(batch[0]), batch[1]] if self.trainer.training else batch
+        return [batch[0] + (torch.rand_like(batch[0]) if self.trainer.training else 1), batch[1]]
 
 
 def test_batches_pass_the_modules_hooks_as_in_validation():
     callback, seen = TracInCallback(), Snapshots()
     fit(callback, Doubles, extra=[seen])
-    doubled = [[(2 * x, y) for x, y in data] for data in (table(11), table(5, seed=2))]
-    for module in seen.copies:
-        module.training_step = None
-    scores, _ = by_hand(seen.copies, [0.1, 0.05, 0.025], *doubled)
+    changed = [[(2 * x + 1, y) for x, y in data] for data in (table(11), table(5, seed=2))]
+    scores, _ = by_hand(seen.copies, [0.1, 0.05, 0.025], *changed)
     assert_near(callback.scores, scores)
+
+
+def test_the_modules_hooks_see_batches_of_the_trainers_precision():
+    dtypes = set()
+
+    class Looks(Net):
+        def on_before_batch_transfer(self, batch, dataloader_idx):
+            dtypes.add(batch[0].dtype)
+            return batch
+
+    fit(TracInCallback(), Looks, precision="64-true")
+    assert dtypes == {torch.float64}
 
 
 # -- wrong arguments --------------------------------------------------------------------------------------------------

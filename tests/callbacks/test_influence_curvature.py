@@ -1,10 +1,10 @@
 """The curvature that is collected: of what, when, and where it is kept; and that the training does not notice."""
 
-import copy
 import types
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
@@ -232,6 +232,7 @@ def test_at_the_end_that_max_steps_makes():
     trainer = fit(CurvatureCollector(), epochs=-1, max_steps=3, logger=logger)
     assert trainer.global_step == 3
     assert len(logger.rows) == 1
+    assert summary(trainer).keys() == KEYS, "logged in the epoch, so that its checkpoint has them"
     assert logger.rows[0][1]["influence/trace"] == pytest.approx(exact_trace(trainer.lightning_module), rel=1e-5)
 
 
@@ -249,6 +250,16 @@ def test_at_an_end_that_comes_after_the_epoch():
     assert step == trainer.global_step == 2
     assert row.keys() == KEYS
     assert row["influence/trace"] == pytest.approx(exact_trace(trainer.lightning_module), rel=1e-5)
+
+
+def test_an_epoch_that_is_known_to_be_the_last_has_it_in_its_checkpoint():
+    class StopsEarlier(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            trainer.should_stop = True
+
+    trainer = fit(CurvatureCollector(), epochs=9, extra=[StopsEarlier()])
+    assert trainer.current_epoch == 1
+    assert summary(trainer).keys() == KEYS
 
 
 class Averages(Callback):
@@ -430,23 +441,30 @@ def still():
 
 @pytest.mark.ddp
 @pytest.mark.parametrize(("method", "n"), [("ekfac", 11), ("kfac", 12), ("ekfac", 1)])
-def test_two_processes_find_what_one_finds(tmp_path, method, n):
+def test_two_processes_find_what_one_finds(tmp_path, monkeypatch, method, n):
+    save = torch.save
+
+    def by_rank(*args):
+        (tmp_path / f"rank{dist.get_rank()}.wrote").touch()
+        save(*args)
+
     samples = DataLoader(table(n), 3)
     alone = CurvatureCollector(method=method, samples=samples)
     expected = summary(fit(alone, still, DataLoader(table(), 4)))
 
     class Saves(Callback):
         def on_train_end(self, trainer, pl_module):
-            state = copy.deepcopy(together.state_dict())
-            torch.save(state, tmp_path / f"rank{trainer.global_rank}.pt")
+            save(together.state_dict(), tmp_path / f"rank{trainer.global_rank}.pt")
 
     together = CurvatureCollector(method=method, samples=samples, output_dir=str(tmp_path))
     options = ddp_trainer_kwargs(max_epochs=2, enable_checkpointing=False)
+    monkeypatch.setattr(torch, "save", by_rank)
     trainer = fit(together, still, DataLoader(table(), 4), extra=[Saves()], **options)
     ranks = [CurvatureCollector(), CurvatureCollector()]
     for rank, callback in enumerate(ranks):
         callback.load_state_dict(torch.load(tmp_path / f"rank{rank}.pt", weights_only=True))
     assert_equal(ranks[0].curvature, ranks[1].curvature)
+    assert [path.name for path in tmp_path.glob("*.wrote")] == ["rank0.wrote"]
     assert_equal(CurvatureCollector.load(tmp_path / "curvature.pt"), ranks[0].curvature)
     assert_equal(ranks[0].curvature, alone.curvature, rtol=1e-4)
     assert summary(trainer) == pytest.approx(expected, rel=1e-4)
