@@ -109,7 +109,8 @@ class _RowRecursion:
             return curvature.new_zeros(())
         length = torch.linalg.vecdot(p, p)
         self.largest = torch.maximum(self.largest, (curvature / length).amax())
-        return 10 * torch.finfo(p.dtype).eps * self.largest * length
+        least: Tensor = self.largest * length * (10 * torch.finfo(p.dtype).eps)
+        return least
 
     def _precondition(self, r: Tensor) -> tuple[Tensor, Tensor]:
         z = r if self.preconditioner is None or len(r) == 0 else self.preconditioner(r).detach()

@@ -132,9 +132,9 @@ def _nystrom(
     dtype: torch.dtype,
     device: torch.device | str | None,
 ) -> NystromApproximation:
-    rank = min(rank, size)
     test = torch.randn(rank, size, generator=generator, dtype=dtype, device=generator.device).to(device)
-    if 4 * rank > size:  # a Gaussian matrix is well conditioned by itself only if it is much longer than wide
+    if 4 * rank > size:  # a Gaussian matrix is well conditioned by itself only if it is much longer than wide;
+        # of more than D rows, D remain.
         test = torch.linalg.qr(test.mT).Q.mT
     image = product(test)
     shift, image, factor = _shifted(test, image)
@@ -150,8 +150,9 @@ def _shifted(test: Tensor, image: Tensor) -> tuple[float, Tensor, Tensor]:
     norm = torch.linalg.vector_norm(image).item()
     if not norm < float("inf"):
         raise LinAlgError("nystrom: the products of the operator are NaN or infinite.")
-    shift = torch.finfo(image.dtype).eps * (norm or 1.0)
-    for _ in range(4):
+    norm = norm or 1.0
+    shift = torch.finfo(image.dtype).eps * norm
+    while shift < 1e-2 * norm:  # more than rounding would have it if products are of reduced precision
         shifted = torch.add(image, test, alpha=shift)
         gram = (test @ shifted.mT).double()
         factor, status = torch.linalg.cholesky_ex((gram + gram.mT) / 2)

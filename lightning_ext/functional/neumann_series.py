@@ -77,13 +77,13 @@ def _power_iteration(
 
 def _largest_eigenvalue(method: str, product: BlockProduct, rhs: Tensor) -> float:
     start = fixed_direction(rhs.shape[1], like=rhs)
-    values, _, info = _power_iteration(product, start, max_iterations=20, tol=1e-2)
+    values, _, _ = _power_iteration(product, start, max_iterations=20, tol=1e-2)
     if not bool(values > 0):
         raise LinAlgError(
             f"{method}: the operator is not positive definite: it has the eigenvalue {values.item():.3g}. Add damping, "
             "or take the Gauss-Newton matrix in place of the Hessian."
         )
-    return values.item() * (1 + min(info.residual.item(), 1.0))
+    return values.item()
 
 
 def neumann(

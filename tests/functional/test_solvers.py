@@ -257,6 +257,8 @@ def test_a_probe_is_right_for_rows_that_ran_out_of_iterations(solver):
     with pytest.warns(ConvergenceWarning):
         x, info = solver(lambda v: v @ matrix, rhs, tol=1e-6, max_iterations=4, check="probe")
     torch.testing.assert_close(info.residual, relative_residual(matrix, rhs, x), rtol=1e-6, atol=1e-9)
+    if solver is cg:
+        assert info.products == 3 + 2 + 2 + 2 + 1
 
 
 def test_the_weaker_tolerance_counts_for_each_row(solver):
