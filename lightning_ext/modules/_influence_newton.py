@@ -9,7 +9,7 @@ from lightning_ext.functional import GGNOperator, InfluenceObjective, ParameterV
 from lightning_ext.modules._influence_data import Shard
 
 _RANK, _TOL, _MEMORY = 100, 1e-3, 10
-_ARMIJO, _FLATTER, _LARGER, _SHORTEST = 1e-4, 0.9, 2.0, 2.0**-10
+_ARMIJO, _FLATTER, _ROUNDING, _SHORTEST = 1e-4, 0.9, 100.0, 2.0**-10
 
 
 class Newton(nn.Module):
@@ -72,9 +72,12 @@ class Newton(nn.Module):
         preconditioner = sketch.preconditioner(damping)
         self.solve = lambda rows: cg(operator, rows, preconditioner=preconditioner, tol=_TOL)[0]
 
-    def step(self, point: Tensor, gradient: Tensor, value: Tensor, done: Tensor) -> Tensor:
-        """Where to evaluate next, ``(G, D)``, given value and gradient at ``point``; ``done`` copies stay there."""
-        accepted = done | self._accepts(gradient, value)
+    def step(self, point: Tensor, gradient: Tensor, value: Tensor, scale: Tensor, done: Tensor) -> Tensor:
+        """Where to evaluate next, ``(G, D)``, given value and gradient at ``point``; ``done`` copies stay there.
+
+        Values are sums of terms of size ``scale``, ``(G,)``, and so is their rounding.
+        """
+        accepted = done | self._accepts(gradient, value, scale)
         if int(self.steps):
             self._remember(point - self.point, gradient - self.gradient, accepted)
         self.length.copy_(torch.where(accepted, 1.0, 0.5 * self.length))
@@ -88,30 +91,29 @@ class Newton(nn.Module):
         going = self.length * (~done & (self.length >= _SHORTEST))
         return self.point + going[:, None] * self.direction
 
-    def _accepts(self, gradient: Tensor, value: Tensor) -> Tensor:
-        """A sufficient decrease; or, where rounding hides it, a smaller slope along the step and no larger gradient."""
+    def _accepts(self, gradient: Tensor, value: Tensor, scale: Tensor) -> Tensor:
+        """A sufficient decrease; or, where rounding would hide one, a smaller slope along the step."""
         if not int(self.steps):
             return torch.ones_like(value, dtype=torch.bool)
         decrease = value <= self.value + _ARMIJO * self.length * self.slope
         flatter = torch.linalg.vecdot(gradient, self.direction).abs() <= _FLATTER * self.slope.abs()
-        bounded = gradient.norm(dim=1) <= _LARGER * self.gradient.norm(dim=1)
-        accepted: Tensor = (decrease | (flatter & bounded)) & (self.length >= _SHORTEST)
+        rounding = _ROUNDING * torch.finfo(value.dtype).eps * self.value.abs().clamp(min=scale)
+        accepted: Tensor = (decrease | (flatter & (value <= self.value + rounding))) & (self.length >= _SHORTEST)
         return accepted
 
     def _remember(self, move: Tensor, bend: Tensor, accepted: Tensor) -> None:
-        """Keep the pair of each copy that shows positive curvature; zeros, which change nothing, for the others."""
-        curvature = torch.linalg.vecdot(move, bend)
-        sound = accepted & (curvature > 1e-6 * move.norm(dim=1) * bend.norm(dim=1))
+        """Keep what an accepted step says about the curvature; zeros, which change nothing, for a rejected one."""
         place = (int(self.steps) - 1) % _MEMORY
-        self.moves[place] = torch.where(sound[:, None], move, 0.0)
-        self.bends[place] = torch.where(sound[:, None], bend, 0.0)
+        self.moves[place] = torch.where(accepted[:, None], move, 0.0)
+        self.bends[place] = torch.where(accepted[:, None], bend, 0.0)
 
     def _inverse_times(self, rows: Tensor) -> Tensor:
         assert self.solve is not None
         known = min(int(self.steps), _MEMORY)
         order = [(int(self.steps) - 1 - k) % _MEMORY for k in range(known)]  # newest first
         curvature = torch.linalg.vecdot(self.moves, self.bends)
-        weight = torch.where(curvature > 0, 1 / curvature, 0.0)
+        sound = curvature > 1e-6 * self.moves.norm(dim=2) * self.bends.norm(dim=2)
+        weight = torch.where(sound, 1 / curvature, 0.0)
         rest, parts = rows.clone(), {}
         for k in order:
             parts[k] = weight[k] * torch.linalg.vecdot(self.moves[k], rest)

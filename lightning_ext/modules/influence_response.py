@@ -257,8 +257,9 @@ class ResponseModule(StackedCopies):
         ratio = self._ratio(gradient)
         if self.newton is not None:
             point = self.change.detach()
+            assert self._removal is not None
             value, done = self._over_ranks(self._totals, "mean"), ratio <= (self.tolerance or 0.0)
-            self.change.grad = point - self.newton.step(point, gradient, value, done)
+            self.change.grad = point - self.newton.step(point, gradient, value, 1 / self._removal.per_sample, done)
         self._judge(ratio)
 
     def optimizer_step(

@@ -74,18 +74,20 @@ def test_a_fit_cut_short_never_ends_at_a_step_that_led_uphill():
 
 
 def test_a_step_that_leads_uphill_is_halved():
-    """A metric that is ten times too long, on a parabola and on a cone with a rounded tip."""
-    search = Newton(2, 1, torch.float64)
+    """A metric that is ten times too long, on a parabola, a cone with a rounded tip, and from the top of a wave."""
+    search = Newton(3, 1, torch.float64)
     search.solve = lambda rows: 10 * rows
-    x, values = torch.full((2, 1), 3.0, dtype=torch.float64), []
+    x, values = torch.full((3, 1), 3.0, dtype=torch.float64), []
     for _ in range(40):
-        value = torch.stack([x[0, 0] ** 2 / 2, (1 + x[1, 0] ** 2).sqrt()])
-        gradient = torch.stack([x[0], x[1] / (1 + x[1] ** 2).sqrt()])
-        x = search.step(x, gradient, value, torch.zeros(2, dtype=torch.bool))
+        value = torch.stack([x[0, 0] ** 2 / 2, (1 + x[1, 0] ** 2).sqrt(), -x[2, 0].cos()])
+        gradient = torch.stack([x[0], x[1] / (1 + x[1] ** 2).sqrt(), x[2].sin()])
+        x = search.step(x, gradient, value, torch.zeros(3), torch.zeros(3, dtype=torch.bool))
         values.append(search.value.clone())
     assert (torch.stack(values).diff(dim=0) <= 0).all()
     torch.testing.assert_close(search.point, torch.zeros_like(x), rtol=0.0, atol=1e-6)
-    resting = search.step(torch.ones_like(x), torch.ones_like(x), torch.zeros(2), torch.ones(2, dtype=torch.bool))
+    resting = search.step(
+        torch.ones_like(x), torch.ones_like(x), torch.zeros(3), torch.zeros(3), torch.ones(3, dtype=torch.bool)
+    )
     assert torch.equal(resting, torch.ones_like(x)), "a copy that is done went on"
 
 
