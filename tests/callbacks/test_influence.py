@@ -346,11 +346,31 @@ def test_every_checkpoint_has_a_projection_of_its_own():
     assert (twice.scores - 2 * once.scores).norm() > 0.1 * once.scores.norm()
 
 
-def test_blocks_of_queries_change_nothing(monkeypatch):
-    whole, parts = TracInCallback(), TracInCallback()
-    fit(whole)
-    monkeypatch.setattr(influence, "_BLOCK_NUMBERS", 250)  # two queries
-    fit(parts)
+class Counted(Dataset):
+    """Counts how often its items are read."""
+
+    reads = 0
+
+    def __len__(self):
+        return 11
+
+    def __getitem__(self, index):
+        self.reads += 1
+        return table(11)[index]
+
+
+def test_blocks_of_queries_cost_passes_and_change_nothing(monkeypatch):
+    def run():
+        samples = Counted()
+        callback = TracInCallback(samples=DataLoader(samples, 4))
+        fit(callback, epochs=1)
+        return callback, samples.reads
+
+    whole, reads = run()
+    assert reads == 1 + 11, "the look before the training, and one pass"
+    monkeypatch.setattr(influence, "_BLOCK_NUMBERS", 250)  # two queries of 99 numbers; five come as 2, 1 and 2
+    parts, reads = run()
+    assert reads == 1 + 3 * 11
     assert_near(parts.scores, whole.scores, rtol=1e-6)
     assert torch.equal(parts.self_influence, whole.self_influence)
 
