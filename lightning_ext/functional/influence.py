@@ -152,7 +152,9 @@ def leave_out_step(solved_gradient: Tensor, factor: Tensor, solved_factor: Tenso
         )
     remaining = torch.eye(len(factor), dtype=factor.dtype, device=factor.device) - factor @ solved_factor.mT
     cholesky, failed = torch.linalg.cholesky_ex((remaining + remaining.mT) / 2)
-    if bool(failed):
+    # what rounding has left of 0 is no curvature either
+    smallest = 8 * len(factor) * torch.finfo(factor.dtype).eps
+    if bool(failed) or bool((cholesky.diagonal().square() <= smallest).any()):
         raise ValueError(
             "The samples that leave carry all of the curvature in some direction (leverage 1 or more). "
             "Raise damping, or leave out fewer samples at once."

@@ -321,9 +321,8 @@ class LayerRecorder:
         blocks = [self.block(layer, g) for layer, g in zip(self.recorded, gradients, strict=True)]
         if self.uncovered:
             slices = tuple(self._slices[name] for name in self.uncovered)
-            blocks.append(
-                ExplicitRows(slices, tuple(_at_least_float32(others[name].flatten(1)) for name in self.uncovered))
-            )
+            given = (_at_least_float32(others[name]) for name in self.uncovered)
+            blocks.append(ExplicitRows(slices, tuple(rows.reshape(len(rows), -1) for rows in given)))
         return LayerGradients(blocks, self.view.numel)
 
     def block(self, layer: RecordedLayer, g: Tensor) -> GradientBlock:

@@ -82,7 +82,7 @@ class Dense:
 
     def jacobian(self, i):
         found = jacrev(lambda p: self.output(p, self.x[i]))(self.params)
-        return torch.cat([found[n].flatten(1) for n in self.params], dim=1)
+        return torch.cat([found[n].reshape(len(found[n]), -1) for n in self.params], dim=1)
 
     def output_hessian(self, i):
         return hessian(lambda y: self.loss(y, self.t[i]))(self.output(self.params, self.x[i]))

@@ -385,9 +385,6 @@ def test_copies(copied, ran, solver, tmp_path):
     assert twin.report["solver"] == solver
 
 
-@pytest.mark.xfail(
-    reason="LayerRecorder flattens the gradients of uncovered parameters from dimension 1", raises=IndexError
-)
 def test_a_parameter_without_dimensions():
     class Scaled(nn.Module):
         def __init__(self):
