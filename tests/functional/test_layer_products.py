@@ -26,6 +26,28 @@ class Twice(nn.Module):
         return self.last(self.middle(self.middle(self.first(x).tanh()).tanh()))
 
 
+class Scaled(nn.Module):
+    """A parameter that belongs to no layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.scale = perceptron(), nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x):
+        return self.scale * self.inner(x)
+
+
+class Outside(nn.Module):
+    """A weight is used outside of its layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = perceptron()
+
+    def forward(self, x):
+        return self.inner(x) + (x @ self.inner[0].weight.T)[:, :2]
+
+
 def perceptron(outputs=2, bias=True):
     layers = (nn.Linear(6, 16, bias=bias), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, outputs))
     return nn.Sequential(*layers)
@@ -59,6 +81,8 @@ OTHER = {
     "frozen weight": (lambda: frozen("weight"), (6,)),
     "groups": (lambda: convolutions(groups=2), (2, 4, 4)),
     "too many outputs": (lambda: perceptron(30), (6,)),
+    "scaled": (Scaled, (6,)),
+    "outside": (Outside, (6,)),
 }
 
 
@@ -138,7 +162,7 @@ def recordings(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", [GGNOperator, EmpiricalFisherOperator])
-@pytest.mark.parametrize("case", [*LINEAR, "norm", "too many outputs"])
+@pytest.mark.parametrize("case", [*LINEAR, "norm", "too many outputs", "scaled", "outside"])
 def test_operators_give_the_same_products_by_layers_and_by_derivatives(kind, case, recordings):
     module, batch = build(case)
     batches = [tuple(part[:4] for part in batch), tuple(part[4:] for part in batch)]
@@ -158,6 +182,16 @@ def test_operators_turn_to_layers_for_blocks_that_pay(recordings):
     for _ in range(10):
         operator(torch.zeros(3, operator.size, dtype=torch.float64))
     assert not recordings
+    operator(torch.zeros(4, operator.size, dtype=torch.float64))
+    assert len(recordings) == 1
+
+
+def test_operators_wait_until_the_output_gradients_pay(recordings):
+    module, batch = build("too many outputs")  # one backward pass for each of 30
+    operator = GGNOperator(module, InfluenceObjective(), [batch])
+    for count in (40, 19):
+        operator(torch.zeros(count, operator.size, dtype=torch.float64))
+        assert not recordings
     operator(torch.zeros(4, operator.size, dtype=torch.float64))
     assert len(recordings) == 1
 

@@ -177,6 +177,8 @@ def test_auto_traces_what_has_no_second_derivative():
 
 
 def test_rows_go_one_by_one_where_an_operator_cannot_be_batched():
+    backwards = []
+
     class Unbatched(torch.autograd.Function):
         generate_vmap_rule = False
 
@@ -186,6 +188,7 @@ def test_rows_go_one_by_one_where_an_operator_cannot_be_batched():
 
         @staticmethod
         def backward(ctx, grad):
+            backwards.append(1)
             float(grad.sum())  # a batched tensor has no value
             return 3 * grad
 
@@ -194,6 +197,7 @@ def test_rows_go_one_by_one_where_an_operator_cannot_be_batched():
     rows = torch.randn(10, 2)
     for _ in range(2):
         torch.testing.assert_close(pull([rows]), 3 * rows)
+    assert len(backwards) == 1 + 10 + 10, "together is tried once"
 
 
 def test_parameters_and_outputs_without_a_part_in_it_give_zeros():
