@@ -325,7 +325,7 @@ def _krylov(product: BlockProduct, basis: Tensor, rank: int, tol: float) -> tupl
             if step == limit or found:
                 return values[order], vectors[:, order].mT, step
         if beta <= 10 * torch.finfo(basis.dtype).eps * norm:  # the Krylov space is closed: decouple another one
-            beta, rest = 0.0, _outside(basis[:step])
+            rest = _outside(basis[:step])
         tridiagonal[step, step - 1] = tridiagonal[step - 1, step] = beta
         basis[step] = rest / torch.linalg.vector_norm(rest)
 

@@ -210,6 +210,19 @@ def test_a_sketch_saves_iterations_and_can_be_used_again():
     torch.testing.assert_close(x, again)
 
 
+def test_the_rows_share_one_space_behind_the_sketch():
+    damping, rhs, approximation = 1e-2, random(10, D), sketch(MATRIX, 10)
+    _, alone = cg(
+        lambda v: v @ MATRIX + damping * v, rhs, preconditioner=approximation.preconditioner(damping), tol=1e-6
+    )
+    _, shared = nystrom_cg(lambda v: v @ MATRIX, rhs, damping=damping, approximation=approximation, tol=1e-6)
+    assert shared.products < 0.7 * alone.products
+    _, forgetful = nystrom_cg(
+        lambda v: v @ MATRIX, rhs, damping=damping, approximation=approximation, tol=1e-6, basis_bytes=0
+    )
+    assert forgetful.products > shared.products
+
+
 def test_max_rows_bounds_the_sketch_and_the_solve():
     calls = []
 
