@@ -36,12 +36,31 @@ def evaluating(module: nn.Module) -> Iterator[nn.Module]:
 
 
 @contextmanager
-def _every_derivative(device: torch.device) -> Iterator[None]:
-    """Choose the kernels that have all derivatives: fused attention has no forward mode and no second derivative."""
+def _cudnn(enabled: bool) -> Iterator[None]:
+    before = torch.backends.cudnn.enabled
+    torch.backends.cudnn.enabled = enabled
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.enabled = before
+
+
+@contextmanager
+def _every_derivative(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Choose the kernels that have all derivatives.
+
+    Fused attention has no forward mode and no second derivative; cuDNN's recurrent layers have no second one, and in
+    evaluation mode not even a first.
+    """
+    cudnn = torch.backends.cudnn.enabled and not any(isinstance(part, nn.RNNBase) for part in module.modules())
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with sdpa_kernel(SDPBackend.MATH), torch.autocast(device.type, enabled=False):
+        with (
+            sdpa_kernel(SDPBackend.MATH),
+            torch.autocast(device.type, enabled=False),
+            _cudnn(cudnn),
+        ):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
@@ -148,7 +167,7 @@ class InfluenceObjective:
         def function(params: Mapping[str, Tensor]) -> Tensor:
             _require_evaluation(module)  # again: the module may have been put back since
             replaced = {f"module.{name}": value for name, value in params.items()}
-            with _every_derivative(view.device):
+            with _every_derivative(module, view.device):
                 outputs: Tensor = torch.func.functional_call(forward, replaced, (plain,))
             if len(outputs) != size:
                 raise ValueError(f"a batch of {size} samples must give {size} outputs; got {tuple(outputs.shape)}.")

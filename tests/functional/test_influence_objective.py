@@ -132,6 +132,21 @@ def test_attention_has_all_derivatives():
     torch.testing.assert_close(along, (outputs * tangent).sum(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(("inner", "allowed"), [(nn.GRU(3, 4), False), (nn.Linear(3, 4), True)])
+def test_recurrent_layers_do_without_cudnn(inner, allowed):
+    seen = []
+
+    def forward(module, batch):
+        seen.append(torch.backends.cudnn.enabled)
+        outputs = module(batch[0])
+        return outputs[0] if isinstance(outputs, tuple) else outputs
+
+    view, before = ParameterView(inner.eval()), torch.backends.cudnn.enabled
+    InfluenceObjective(forward=forward).function(inner, view, (torch.zeros(2, 3), torch.zeros(2)))(view.values())
+    assert seen == [allowed and before]
+    assert torch.backends.cudnn.enabled is before
+
+
 def test_autocast_does_not_reach_the_function():
     module, given = network().float().eval(), (torch.randn(5, 3), torch.randint(4, (5,)))
     view = ParameterView(module)
