@@ -39,26 +39,28 @@ class PBRFModule(ResponseModule):
         dataset: see :class:`ResponseModule`.
         chunk_size: see :class:`ResponseModule`.
 
-    Logs ``pbrf/loss`` (0 at the start, then negative), ``pbrf/bregman``, ``pbrf/prox``, ``pbrf/removed_loss`` and
-    ``pbrf/grad_rel``. Warns if the loss of removed samples rises more than tenfold.
+    Logs ``pbrf/loss`` (at the start minus the removed samples' share of the mean loss, then less), ``pbrf/bregman``,
+    ``pbrf/prox``, ``pbrf/removed_loss`` and ``pbrf/grad_rel``. Warns if the loss of removed samples rises more than tenfold.
 
     Raises:
         ValueError: no damping; a loss that is not convex in the outputs; and as :class:`ResponseModule`.
 
-    Source: Bae et al. 2022, arXiv 2209.05364, equation for the proximal Bregman objective; Grosse et al. 2023, arXiv
-    2308.03296, section 2.1.1.
+    Source: Bae et al. 2022, arXiv 2209.05364 (the proximal Bregman objective); Grosse et al. 2023, arXiv 2308.03296,
+    section 2.1.
 
+    >>> import torch
     >>> from torch.utils.data import DataLoader, TensorDataset
     >>> from lightning_ext._lightning import Trainer
     >>> x = torch.tensor([[1.0], [2.0]])
     >>> base = nn.Linear(1, 1, bias=False)
     >>> _ = base.weight.data.fill_(1.0)
     >>> data = TensorDataset(x, torch.zeros(2, 1))
-    >>> pbrf = PBRFModule(base, InfluenceObjective("half_squared_error"), [1], damping=0.5, optimizer="newton")
+    >>> settings = {"damping": 0.5, "optimizer": "newton", "tolerance": 1e-4}
+    >>> pbrf = PBRFModule(base, InfluenceObjective("half_squared_error"), remove=[1], **settings)
     >>> quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     >>> trainer = Trainer(accelerator="cpu", max_epochs=30, enable_model_summary=False, **quiet)
     >>> trainer.fit(pbrf, DataLoader(data, batch_size=2))
-    >>> round(pbrf.response().item(), 2)  # 2 / (1/2 + 1/2): sample 1 has gradient 4 and curvature 4, over N = 2
+    >>> round(pbrf.response().item(), 2)  # gradient 4/2 over what curvature stays, 1/2, and damping
     2.0
     """
 
