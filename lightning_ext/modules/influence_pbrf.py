@@ -40,7 +40,8 @@ class PBRFModule(ResponseModule):
         chunk_size: see :class:`ResponseModule`.
 
     Logs ``pbrf/loss`` (at the start minus the removed samples' share of the mean loss, then less), ``pbrf/bregman``,
-    ``pbrf/prox``, ``pbrf/removed_loss`` and ``pbrf/grad_rel``. Warns if the loss of removed samples rises more than tenfold.
+    ``pbrf/prox``, ``pbrf/removed_loss`` and ``pbrf/grad_rel``. Warns if the loss of removed samples rises more than
+    tenfold.
 
     Raises:
         ValueError: no damping; a loss that is not convex in the outputs; and as :class:`ResponseModule`.
