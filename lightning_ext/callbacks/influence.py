@@ -46,6 +46,9 @@ class TracInCallback(Callback):
     run in eval mode. Nothing about the training changes: without the callback it is bit-identical. A data set whose
     items change when they are read (its own random generator) is read once more than without.
 
+    Results: ``callback.scores`` ``(Q, N)``, a row per query, ``callback.self_influence`` ``(N,)``, both on the CPU and
+    ``None`` before the first checkpoint, and ``callback.num_checkpoints``, how many were added up.
+
     Args:
         objective: loss, outputs, targets and measurement; default cross-entropy of ``module(batch[0])`` against
             ``batch[1]``, measured by the same loss. Weight decay is no part of it.
@@ -62,11 +65,6 @@ class TracInCallback(Callback):
             ``<log dir>/<filename>``. None: they are not; after ``ddp_spawn``, ``ddp_fork`` or in a notebook they are
             then in checkpoints only.
         seed: of the projections.
-
-    Attributes:
-        scores: ``(Q, N)`` on the CPU, a row per query; ``None`` before the first checkpoint.
-        self_influence: ``(N,)``, or ``None``.
-        num_checkpoints: how many were added up.
 
     Raises:
         ValueError: an argument is out of range; a gradient is not finite, with the samples' positions.
