@@ -43,8 +43,8 @@ class TracInCallback(Callback):
     When hooks fire: ``on_before_optimizer_step`` notes the learning rates; ``on_train_epoch_end``, after the last step
     of every n-th epoch, is a checkpoint; ``on_train_end`` writes the file. Samples are those of the training loader's
     data set in its own order, whatever its sampler, its ``drop_last`` and ``limit_train_batches`` leave out. Networks
-    run in eval mode. Nothing about the training changes: without the callback it is bit-identical. A data set whose
-    items change when they are read (its own random generator) is read once more than without.
+    run in eval mode. Nothing about the training changes: without the callback it is bit-identical, unless the data set
+    has a random generator of its own, which every reading moves.
 
     Results: ``callback.scores`` ``(Q, N)``, a row per query, ``callback.self_influence`` ``(N,)``, both on the CPU and
     ``None`` before the first checkpoint, and ``callback.num_checkpoints``, how many were added up.
@@ -78,7 +78,8 @@ class TracInCallback(Callback):
         per sample) and one over the queries; where the queries' gradients are more than 2**27 numbers, a pass over the
         samples for each such block. Checkpoints of the Trainer hold the scores. Distributed: ranks share the samples
         out and each holds all scores. Manual optimisation works; where it steps past Lightning's optimizers, the rates
-        are those at the end of the epoch.
+        are those at the end of the epoch. A run resumed from the very last step of an epoch lacks that epoch, whose end
+        Lightning then skips.
     """
 
     def __init__(
