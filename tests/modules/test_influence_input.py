@@ -78,6 +78,13 @@ def test_no_damping_where_samples_repeat(solver):
         influence(damping=0.0, solver=solver, rank=60).scores(loader(data))
 
 
+@pytest.mark.parametrize("solver", ["dual", "nystrom", "nystrom_cg"])
+def test_solvers_that_divide_by_the_damping_say_so_before_they_sketch(solver):
+    module = influence(network(4, 1), InfluenceObjective("mse"), queries=ref.queries(k=1), damping=0.0, solver=solver)
+    with pytest.raises(ValueError, match=f"solver='{solver}' divides by the damping"):
+        module.scores(loader(numbers()))
+
+
 def test_inner_products_of_gradients_need_no_damping():
     assert influence(damping=0.0, solver="identity").scores(loader(classes(3))).isfinite().all()
 

@@ -162,8 +162,16 @@ class Stream(IterableDataset):
         return iter(classes())
 
 
+class Counted(Stream):
+    """It says how many there are, but not which."""
+
+    def __len__(self):
+        return N
+
+
 REFUSED = {
     "no positions": (lambda: loader(Stream()), "a data set with a length"),
+    "positions without names": (lambda: loader(Counted()), "a data set with a length"),
     "two loaders": (lambda: [loader(classes()), loader(classes())], "one loader"),
     "two named loaders": (lambda: {"a": loader(classes()), "b": loader(classes())}, "a DataLoader"),
     "batches of the data set": (lambda: loader([classes()[:5], classes()[5:]], batch_size=None), "batch_size=None"),
