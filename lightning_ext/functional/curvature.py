@@ -66,11 +66,11 @@ class _ThroughOutputs(CurvatureOperator):
 
     @abstractmethod
     def between(self, y: Tensor, t: Tensor, u: Tensor) -> Tensor:
-        """Multiply output tangents (R, *y.shape) by B."""
+        """Multiply output tangents ``(R, *y.shape)`` by B."""
 
     @abstractmethod
     def columns(self, y: Tensor, t: Tensor) -> Tensor:
-        """Return (S, *y.shape), the columns of a square root of B."""
+        """Return ``(S, *y.shape)``, the columns of a square root of B."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
