@@ -35,7 +35,7 @@ class KroneckerBlock:
 
     def scaled(self, rows: Tensor, scale: Tensor, out: Tensor) -> None:
         """Multiply this layer's part of rows by ``scale`` ``(G, P, M)`` in the eigenbasis; write it to ``out``."""
-        inputs, outputs = self.inputs.to(rows.dtype), self.outputs.to(rows.dtype)
+        inputs, outputs = self.inputs.to(rows), self.outputs.to(rows)
         rotated = (outputs.mT @ self.layer.gather(rows) @ inputs).mul_(scale)
         self.layer.scatter(outputs @ rotated @ inputs.mT, out)
 
@@ -186,9 +186,9 @@ class KroneckerCurvature:
         out = torch.empty_like(rows)
         with torch.autocast(rows.device.type, enabled=False):
             for block in self.blocks:
-                block.scaled(rows, scale(block.eigenvalues, block.factors).to(rows.dtype), out)
+                block.scaled(rows, scale(block.eigenvalues, block.factors).to(rows), out)
         for part, values in zip(self.places, self.diagonal, strict=True):
-            out[:, part] = rows[:, part] * scale(values, None).to(rows.dtype)
+            out[:, part] = rows[:, part] * scale(values, None).to(rows)
         return out
 
 

@@ -18,6 +18,7 @@ from lightning_ext.functional import (
     SampleGradients,
     SolveInfo,
     batch_size,
+    block_cg,
     cg,
     direct,
     direct_dual,
@@ -157,6 +158,25 @@ class ConjugateGradients(Inverse):
         return cg(p.damped, rows, tol=p.tol, max_iterations=p.max_iterations)
 
 
+class BlockConjugateGradients(Inverse):
+    """Conjugate gradients in one search space for all rows."""
+
+    collective = True
+    preconditioner: Callable[[Tensor], Tensor] | None = None
+
+    def solve(self, rows: Tensor) -> tuple[Tensor, SolveInfo | None]:
+        """Iterate to the tolerance."""
+        p = self.problem
+        return block_cg(
+            p.damped,
+            rows,
+            preconditioner=self.preconditioner,
+            tol=p.tol,
+            max_iterations=p.max_iterations,
+            check="probe",
+        )
+
+
 class NormalConjugateGradients(Inverse):
     """Conjugate gradients on the squared operator, which may be indefinite."""
 
@@ -192,16 +212,12 @@ class Nystrom(Inverse):
         return self.sketch.inverse(rows, self.problem.damping), None
 
 
-class NystromCG(Nystrom):
-    """Conjugate gradients behind the sketch."""
+class NystromCG(BlockConjugateGradients, Nystrom):
+    """Block conjugate gradients behind the sketch."""
 
-    collective = True
-
-    def solve(self, rows: Tensor) -> tuple[Tensor, SolveInfo | None]:
-        """Iterate to the tolerance."""
-        p = self.problem
-        preconditioner = self.sketch.preconditioner(p.damping)
-        return cg(p.damped, rows, preconditioner=preconditioner, tol=p.tol, max_iterations=p.max_iterations)
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem)
+        self.preconditioner = self.sketch.preconditioner(problem.damping)
 
 
 class Lanczos(Inverse):
@@ -313,6 +329,7 @@ class Trak(Inverse):
 INVERSES: dict[str, type[Inverse]] = {
     "direct": Direct,
     "dual": Dual,
+    "block_cg": BlockConjugateGradients,
     "nystrom_cg": NystromCG,
     "cg": ConjugateGradients,
     "normal_cg": NormalConjugateGradients,
@@ -339,8 +356,8 @@ def chosen_solver(solver: str, problem: Problem) -> str:
         return "direct"
     if problem.world == 1 and problem.shard.num_samples * problem.outputs <= DUAL_LIMIT and problem.damping > 0:
         return "dual"
-    sketch = 4 * problem.rank * size * problem.operator.dtype.itemsize
-    return "nystrom_cg" if sketch <= BLOCK_BYTES else "ekfac"
+    blocks = 4 * problem.rank * size * problem.operator.dtype.itemsize
+    return "block_cg" if blocks <= BLOCK_BYTES else "ekfac"
 
 
 def build_inverse(method: str, problem: Problem) -> Inverse:

@@ -18,8 +18,8 @@ from lightning_ext.modules._influence_engine import Engine, Options, state_of
 __all__ = ["InfluenceModule"]
 
 Solver = Literal[
-    "auto", "direct", "dual", "nystrom_cg", "cg", "normal_cg", "nystrom", "lanczos", "neumann", "lissa", "ekfac",
-    "kfac", "trak", "identity",
+    "auto", "direct", "dual", "block_cg", "nystrom_cg", "cg", "normal_cg", "nystrom", "lanczos", "neumann", "lissa",
+    "ekfac", "kfac", "trak", "identity",
 ]  # fmt: skip
 
 
@@ -47,11 +47,12 @@ class InfluenceModule(LightningModule):
             ``"gradients"``.
         mode: ``"pairwise"``; ``"self"`` for :math:`s(z) = \nabla L(z)^\top K^{-1} \nabla L(z)` without 1/N;
             ``"gradients"`` to write the samples' gradients to ``output_dir``, for queries to come.
-        solver: exact to ``tol``: ``"direct"``, ``"dual"``, ``"nystrom_cg"`` (conjugate gradients behind a Nystrom
-            sketch), ``"cg"``, ``"normal_cg"``. Approximate: ``"ekfac"``, ``"kfac"``, ``"nystrom"`` and ``"lanczos"``
-            (low rank), ``"neumann"``, ``"lissa"`` (stochastic), ``"trak"`` (random projection), ``"identity"`` (inner
-            products of gradients). ``"auto"``: direct or dual where a matrix of 3,000 or 4,000 rows does, else
-            Nystrom-CG while its blocks fit 2 GiB, else EK-FAC.
+        solver: exact to ``tol``: ``"direct"``, ``"dual"``, ``"block_cg"`` (conjugate gradients in one space for all
+            queries), ``"nystrom_cg"`` (the same behind a sketch, for small damping), ``"cg"`` (each query by itself),
+            ``"normal_cg"``. Approximate: ``"ekfac"``, ``"kfac"``, ``"nystrom"`` and ``"lanczos"`` (low rank),
+            ``"neumann"``, ``"lissa"`` (stochastic), ``"trak"`` (random projection), ``"identity"`` (inner products of
+            gradients). ``"auto"``: direct or dual where a matrix of 3,000 or 4,000 rows does, else block conjugate
+            gradients while their blocks fit 2 GiB, else EK-FAC; ``"normal_cg"`` for the Hessian.
         curvature: ``"ggn"``; ``"hessian"`` (indefinite in most networks: then ``"normal_cg"``) or
             ``"empirical_fisher"``, for comparison.
         damping: :math:`\lambda \ge 0`, on the scale of the mean loss; ``"auto"`` for a tenth of G's mean eigenvalue.
@@ -79,10 +80,11 @@ class InfluenceModule(LightningModule):
     Source: Koh and Liang 2017; Bae, Ng, Lo, Ghassemi, Grosse 2022 (arXiv:2209.05364); RelatIF, Barshan et al. 2020.
 
     Note:
-        Cost of ``"nystrom_cg"``: about ``rank`` + (iterations + 2) Q Gauss-Newton products, each one forward and one
+        Cost of ``"block_cg"``: at most Q Gauss-Newton products per iteration and one more, each one forward and one
         backward pass over the data; then one backward pass and B Q D multiply-adds per batch. Memory: some seven blocks
-        of Q x D. Data, products and scores are sharded over ranks, products are summed over them; solutions are on
-        every rank. What an answer is worth stands in ``report`` after the run: solver, residual, damping.
+        of Q x D, and 1 GiB for earlier directions. Data, products and scores are sharded over ranks, products are
+        summed over them; solutions are on every rank. What an answer is worth stands in ``report`` after the run:
+        solver, residual, damping.
     """
 
     def __init__(

@@ -97,7 +97,7 @@ def test_a_sample_that_carries_all_of_the_curvature_cannot_leave_it():
         module.scores(loader(data))
 
 
-@pytest.mark.parametrize("solver", ["cg", "normal_cg", "nystrom_cg", "neumann"])
+@pytest.mark.parametrize("solver", ["cg", "block_cg", "normal_cg", "nystrom_cg", "neumann"])
 def test_a_solver_that_stops_too_soon_warns_and_says_so(solver):
     module = influence(solver=solver, damping=1e-4, tol=1e-10, max_iterations=1, rank=1)
     with pytest.warns(ConvergenceWarning, match="residual"):

@@ -10,7 +10,7 @@ from tests.modules import influence_reference as ref
 from tests.modules.influence_reference import Dense, N, classes, close, loader, network, numbers
 
 SIZES = (4, 5, 3)
-EXACT = ["direct", "dual", "nystrom_cg", "cg", "normal_cg"]
+EXACT = ["direct", "dual", "block_cg", "nystrom_cg", "cg", "normal_cg"]
 
 
 def influence(**kwargs):
@@ -65,7 +65,9 @@ def test_solvers_for_positive_matrices_refuse_an_indefinite_one(solver):
         influence(solver=solver, curvature="hessian", damping=1e-3).scores(loader(classes()))
 
 
-@pytest.mark.parametrize("solver", ["dual", "nystrom_cg", "nystrom", "lanczos", "neumann", "lissa", "ekfac", "trak"])
+@pytest.mark.parametrize(
+    "solver", ["dual", "block_cg", "nystrom_cg", "nystrom", "lanczos", "neumann", "lissa", "ekfac", "trak"]
+)
 def test_solvers_that_a_hessian_does_not_suit(solver):
     with pytest.raises(ValueError, match=f"solver='{solver}'"):
         influence(solver=solver, curvature="hessian").scores(loader(classes()))
@@ -201,7 +203,7 @@ def test_many_right_hand_sides_go_in_parts(solver, monkeypatch):
 CHOICES = {  # limits of parameters, of samples times outputs, of bytes
     "direct": (43, 0, 0),
     "dual": (42, 69, 0),
-    "nystrom_cg": (42, 68, 4 * 100 * 43 * 8),
+    "block_cg": (42, 68, 4 * 100 * 43 * 8),
     "ekfac": (42, 68, 4 * 100 * 43 * 8 - 1),
 }
 

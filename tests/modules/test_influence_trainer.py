@@ -430,6 +430,7 @@ def test_a_network_that_was_trained_on_is_solved_anew(include):
 
 
 RANKS = {
+    "block_cg": {"solver": "block_cg"},
     "nystrom_cg": {"solver": "nystrom_cg", "rank": 10},
     "cg": {"solver": "cg"},
     "ekfac": {"solver": "ekfac"},
