@@ -19,7 +19,7 @@ PALE = "#9aa6b4"
 COLOURS = {
     "warm-start": "#2f7de1", "proximity": "#14a37f", "non-convergence": "#8f63e0",
     "linearization": "#f2762e", "solver": "#d6456b",
-    "self-influence": "#2f7de1", "PBRF": "#f2762e", "training loss": "#14a37f", "gradient norm": "#8f63e0",
+    "self-influence": "#d6456b", "PBRF": "#2f7de1", "training loss": "#14a37f", "gradient norm": "#8f63e0",
     "random": "#8a97a6", "influence": "#2f7de1", "gradient dot": "#c79a12", "EK-FAC": "#14a37f", "TRAK": "#8f63e0",
 }  # fmt: skip
 MARKERS = dict(zip(("warm-start", "proximity", "non-convergence", "linearization", "solver"), "osD^v", strict=True))
@@ -62,7 +62,8 @@ def gaps(results: Mapping[str, Sequence[Any]]) -> Figure:
                 spots = np.linspace(-0.12, 0.12, len(values)) if len(values) > 1 else [0.0]
                 axes.scatter(place + np.asarray(spots), values, s=14, color="#1d2733", zorder=3, lw=0)
             axes.set_xticks(range(len(order)), [LABELS.get(gap, gap).replace("-", "-\n") for gap in order])
-            axes.set_title(f"{name.capitalize()}: ratio {statistics.fmean(one.ratio() for one in found):.0f}")
+            ratio = statistics.fmean(one.ratio() for one in found)
+            axes.set_title(f"{name.capitalize()}: the first three sum to {ratio:.0f} x the last two")
             _logarithmic(axes)
         panels[0][0].set_ylabel("gap, rms of test outputs")
     return figure
@@ -74,21 +75,21 @@ def scatter(results: Mapping[str, Sequence[Any]]) -> Figure:
         for row, (name, found) in zip(panels, results.items(), strict=True):
             for axes, (response, title) in zip(row, RESPONSES.items(), strict=True):
                 for one, marker in zip(found, "osD^vP*X" * len(found), strict=False):
-                    x, y = (_centred(values.mean(1)) for values in (one.influence, one.measured[response]))
+                    x, y = (_thousandths(values.mean(1)) for values in (one.influence, one.measured[response]))
                     axes.scatter(x, y, s=22, marker=marker, color=COLOURS["influence"], alpha=0.75, lw=0, zorder=3)
                 mean = statistics.fmean(one.correlations[response]["pearson"] for one in found)
-                axes.axline((0, 0), slope=1, color=PALE, lw=1.2, ls=(0, (4, 3)), zorder=1)
-                axes.set_title(f"{title}, {name}: r = {mean:.2f}")
-                axes.ticklabel_format(style="sci", scilimits=(-2, 3), axis="both")
+                axes.axline((0, 0), slope=1, color=PALE, lw=1.2, ls=(0, (4, 3)), zorder=1, label="equal")
+                axes.set_title(f"{title}, {name}: r = {mean:.2f}")  # per test point, as the table has it
                 axes.margins(0.08)
-            row[0].set_ylabel("actual effect on test loss")
+            row[0].set_ylabel("actual effect on test loss, $10^{-3}$")
+        panels[0][0].legend(loc="lower right")
         for axes in panels[-1]:
-            axes.set_xlabel("effect predicted by influence")
+            axes.set_xlabel("effect predicted by influence, $10^{-3}$")
     return figure
 
 
-def _centred(values: Tensor) -> np.ndarray:
-    return (values - values.mean()).cpu().numpy()
+def _thousandths(values: Tensor) -> np.ndarray:
+    return 1e3 * (values - values.mean()).cpu().numpy()
 
 
 def factors(part: Any, seeds: Sequence[int]) -> Figure:
@@ -103,13 +104,17 @@ def factors(part: Any, seeds: Sequence[int]) -> Figure:
                 axes.plot(places, means, color=COLOURS[gap], marker=marker, ms=5.5, label=LABELS.get(gap, gap))
                 low, high = [min(column) for column in columns], [max(column) for column in columns]
                 axes.fill_between(places, low, high, color=COLOURS[gap], alpha=0.15, lw=0)
-            axes.set_xticks(list(places), [f"{value:g}" for value in values])
+            axes.set_xticks(list(places), [_short(value) for value in values])
             axes.set_title(factor.capitalize())
             _logarithmic(axes)
         panels[0][0].set_ylabel("gap, rms of test outputs")
         handles, labels = panels[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     return figure
+
+
+def _short(value: float) -> str:
+    return f"{value:g}" if value >= 0.1 or value == 0 else f"$10^{{{round(np.log10(value))}}}$"
 
 
 def detection(found: Sequence[Any]) -> Figure:
@@ -123,16 +128,15 @@ def detection(found: Sequence[Any]) -> Figure:
             mean, style = np.mean(curves, axis=0), {"color": COLOURS[name], "ls": DASHES.get(name, "-")}
             left.plot(inspected, mean, label=f"{name}, AUC {area:.3f}", zorder=3, **style)
             left.fill_between(inspected, np.min(curves, 0), np.max(curves, 0), color=COLOURS[name], alpha=0.1, lw=0)
-            recall, some = mean[1:], mean[1:] > 0
-            precision = prevalence * recall / inspected[1:]
-            right.plot(recall[some], precision[some], zorder=3, **style)
+            ranks = slice(int(np.argmax(mean > 0)), 1 + int(np.argmax(mean >= 1 - 1e-9)))  # from first to last found
+            right.plot(mean[ranks], prevalence * mean[ranks] / inspected[ranks], zorder=3, **style)
         left.plot([0, prevalence, 1], [0, 1, 1], color=PALE, lw=1.2, zorder=1, label="perfect order")
-        left.set(xlabel="fraction of samples inspected", ylabel="fraction of flipped labels found", xlim=(0, 1))
+        left.set(xlabel="fraction of samples inspected", ylabel="fraction of flipped labels found", xlim=(0, 0.4))
         left.set_title(f"Digits, {100 * prevalence:.0f} % of the labels flipped")
         left.set_ylim(0, 1.03)
         right.set(xlabel="recall", ylabel="precision", xlim=(0, 1.01), ylim=(0, 1.03))
         right.set_title("Precision against recall")
-        left.legend(loc="lower right")
+        left.legend(loc="center right", bbox_to_anchor=(1.0, 0.68))
     return figure
 
 
@@ -155,7 +159,7 @@ def subsets(removed: Mapping[str, Sequence[Any]], lds: Sequence[Mapping[str, flo
                 )
             axes.axhline(0, color=PALE, lw=1)
             axes.set_xlabel("training samples removed, %")
-            axes.set_title(f"{name.capitalize()}: removed by rank, trained afresh")
+            axes.set_title(f"{name.capitalize()}, trained afresh")
         left[0].set_ylabel("rise of the mean test loss")
         left[0].legend(loc="upper left")
         for place, name in enumerate(lds[0]):

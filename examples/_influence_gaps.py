@@ -11,7 +11,7 @@ training = load_script(Path(__file__).with_name("_influence_training.py"))
 Task = training.Task
 
 BASES = {"digits": Task(), "diabetes": Task("diabetes", 300, 142, (32, 32), epochs=100, lr=0.03)}
-DAMPING, REMOVALS = 1e-2, 20
+DAMPING, REMOVALS, PBRF_STEPS = 1e-2, 20, 60
 
 
 def decomposed(task: Any, seed: int, groups: list[list[int]], damping: float) -> InfluenceGaps:
@@ -20,7 +20,7 @@ def decomposed(task: Any, seed: int, groups: list[list[int]], damping: float) ->
     analyzer = InfluenceGapAnalyzer(
         base.network, task.objective, groups, damping, task.weight_decay, epochs=task.epochs,
         batch_size=task.batch_size, lr=task.lr, seed=100 + seed, depth=task.num_train, collate_fn=training.as_is,
-        trainer={"accelerator": "cpu", "enable_progress_bar": False},
+        pbrf_epochs=PBRF_STEPS, trainer={"accelerator": "cpu", "enable_progress_bar": False},
     )  # fmt: skip
     with training.quiet(), training.one_thread():
         return analyzer.run(base.train, [base.test[:]])

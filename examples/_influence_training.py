@@ -204,20 +204,22 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def fit(module: pl.LightningModule, loader: DataLoader[Any], epochs: int, accelerator: str = "cpu") -> pl.Trainer:
-    """Train with an ordinary Trainer and return it."""
+SILENT = {
+    "devices": 1, "logger": False, "enable_checkpointing": False, "enable_model_summary": False,
+    "enable_progress_bar": False,
+}  # fmt: skip
+
+
+def fit(module: pl.LightningModule, loader: DataLoader[Any], epochs: int, accelerator: str = "cpu") -> None:
+    """Train with an ordinary Trainer."""
     with quiet(), one_thread():
-        trainer = pl.Trainer(
-            max_epochs=epochs,
-            accelerator=accelerator,
-            devices=1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_model_summary=False,
-            enable_progress_bar=False,
-        )
-        trainer.fit(module, loader)
-    return trainer
+        pl.Trainer(max_epochs=epochs, accelerator=accelerator, **SILENT).fit(module, loader)
+
+
+def predict(module: pl.LightningModule, loader: DataLoader[Any]) -> Any:
+    """Predict with an ordinary Trainer, on whatever is there."""
+    with quiet(), one_thread():
+        return pl.Trainer(accelerator="auto", **SILENT).predict(module, loader)
 
 
 @contextlib.contextmanager
