@@ -77,12 +77,12 @@ def _kronecker_layers(layers: Iterable[RecordedLayer], view: ParameterView, max_
 class KroneckerStatistics:
     r"""What a batch adds to the factors of K-FAC and to the eigenvalues of EK-FAC; sums over samples, never means.
 
-    With :math:`c_{is}` the columns of a root of the output Hessian, :math:`H_i = \sum_s c_{is} c_{is}^\top`, and
-    :math:`g_{ist} = (\partial y_i / \partial s_t)^\top c_{is}` at token t (position of a convolution) of a layer,
+    With :math:`c_{ik}` the columns of a root of the output Hessian, :math:`H_i = \sum_k c_{ik} c_{ik}^\top`, and
+    :math:`g_{ikt} = (\partial y_i / \partial s_t)^\top c_{ik}` at token t (position of a convolution) of a layer,
 
     .. math::
-        A = \sum_i \frac1T \sum_t \bar a_{it} \bar a_{it}^\top, \qquad S = \sum_{i,s,t} g_{ist} g_{ist}^\top, \qquad
-        \Lambda = \sum_{i,s} \Big(Q_S^\top \sum_t g_{ist} \bar a_{it}^\top Q_A\Big)^{\circ 2}.
+        A = \sum_i \frac1T \sum_t \bar a_{it} \bar a_{it}^\top, \qquad S = \sum_{i,k,t} g_{ikt} g_{ikt}^\top, \qquad
+        \Lambda = \sum_{i,k} \Big(Q_S^\top \sum_t g_{ikt} \bar a_{it}^\top Q_A\Big)^{\circ 2}.
 
     Args:
         module: The network.
