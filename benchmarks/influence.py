@@ -203,7 +203,7 @@ def run_alone(name: str, folder: Path) -> None:
     """What ``--alone`` does: print the figures of one method on the problem in ``folder``."""
 
     def stop(*_: object) -> None:
-        raise TimeoutError(f"more than {LIMIT} CPU seconds")
+        raise TimeoutError(f"more than {limit:g} CPU seconds")
 
     problem = torch.load(folder / "problem.pt", weights_only=False)
     limit = LIMIT if problem.parameters < 100_000 else 4 * LIMIT
