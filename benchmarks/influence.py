@@ -10,7 +10,7 @@ others one run in a process of its own, which also measures peak memory. What a 
 
 "Correlation" is Pearson's between a method's scores of the 1,000 samples and the exact damped Gauss-Newton influence
 (conjugate gradients to 1e-8 in float64, written here in plain torch.func), averaged over the queries. A peer that needs
-more than 60 CPU seconds, or fails, has a row that says so.
+more than 60 CPU seconds (240 with five million parameters), or fails, has a row that says so.
 
 The peers come with ``make bench``.
 """
