@@ -1,5 +1,7 @@
 """Pure mathematics: tensors in, tensors out; imports torch only."""
 
+from lightning_ext.functional.activation_replay import RecordActivations, ReplayActivations
+from lightning_ext.functional.activation_sites import ActivationSite, gates
 from lightning_ext.functional.apo import (
     ProximalObjective,
     ProximalStep,
@@ -26,6 +28,7 @@ from lightning_ext.functional.divergences import (
     divergence_named,
     mean_squared_error,
     softmax_kl,
+    softmax_squared_error,
     squared_error,
 )
 from lightning_ext.functional.elementwise_losses import BernoulliCrossEntropy, GaussianNLL, PoissonNLL, SquaredError
@@ -63,6 +66,7 @@ from lightning_ext.functional.influence_tracin import tracin_self_influence
 from lightning_ext.functional.kronecker import KroneckerBlock, KroneckerCurvature, kronecker_curvature
 from lightning_ext.functional.kronecker_statistics import KroneckerLayer, KroneckerStatistics
 from lightning_ext.functional.krylov import conjugate_gradients
+from lightning_ext.functional.laftr import gated_distance, output_divergence
 from lightning_ext.functional.layer_gradients import ExplicitRows, GradientBlock, LayerGradients, OuterProducts
 from lightning_ext.functional.layer_products import LayerFactors, LayerProducts
 from lightning_ext.functional.layer_recorder import LayerRecorder, RecordedLayer
@@ -125,6 +129,7 @@ from lightning_ext.functional.sketch import Projection
 from lightning_ext.functional.solvers import block_cg, cg, direct, direct_dual, normal_cg
 
 __all__ = [
+    "ActivationSite",
     "BernoulliCrossEntropy",
     "BlockProduct",
     "CallableLoss",
@@ -166,8 +171,10 @@ __all__ = [
     "ProximalObjective",
     "ProximalStep",
     "PullBack",
+    "RecordActivations",
     "RecordedLayer",
     "RemovalTerm",
+    "ReplayActivations",
     "ResponseObjective",
     "ResponseTerms",
     "SampleGradients",
@@ -199,6 +206,8 @@ __all__ = [
     "fold_in",
     "free_bits_rate",
     "gate_activation",
+    "gated_distance",
+    "gates",
     "gaussian_distortion",
     "gaussian_kl",
     "group_scores",
@@ -230,6 +239,7 @@ __all__ = [
     "nystrom",
     "nystrom_cg",
     "ordered_scores",
+    "output_divergence",
     "output_loss",
     "pareto_front",
     "per_sample_gradients",
@@ -255,6 +265,7 @@ __all__ = [
     "sigma_vae_distortion",
     "slope_error",
     "softmax_kl",
+    "softmax_squared_error",
     "squared_error",
     "squared_error_distortion",
     "standardize_beta",

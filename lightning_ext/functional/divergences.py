@@ -10,7 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["bernoulli_kl", "divergence_named", "mean_squared_error", "softmax_kl", "squared_error"]
+__all__ = [
+    "bernoulli_kl",
+    "divergence_named",
+    "mean_squared_error",
+    "softmax_kl",
+    "softmax_squared_error",
+    "squared_error",
+]
 
 
 def _pair(new: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
@@ -22,7 +29,26 @@ def _pair(new: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
     return new.to(dtype), old.detach().to(dtype)
 
 
-def squared_error(new: Tensor, old: Tensor) -> Tensor:
+def _average(terms: Tensor, count: int, weights: Tensor | None) -> Tensor:
+    """Sum of the terms over ``count``, or with weights ``(B,)`` of the examples in place of one B-th each."""
+    if weights is None:
+        return terms.sum() / count
+    if weights.shape != terms.shape[:1]:
+        raise ValueError(f"weights must have shape ({len(terms)},), one for each example; got {tuple(weights.shape)}.")
+    return weights.to(terms.dtype) @ terms.flatten(1).sum(1) * (len(terms) / count)
+
+
+def _classes(name: str, new: Tensor, old: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    new, old = _pair(new, old)
+    if new.ndim < 2 or new.shape[dim] < 2:
+        raise ValueError(
+            f"{name} needs a batch and at least two classes along dim={dim}; got shape {tuple(new.shape)}. "
+            "For one logit per example use bernoulli_kl."
+        )
+    return new, old
+
+
+def squared_error(new: Tensor, old: Tensor, weights: Tensor | None = None) -> Tensor:
     r"""Half the squared distance, summed over outputs and averaged over the batch.
 
     .. math:: D(y, y_0) = \frac{1}{B} \sum_{b=1}^{B} \tfrac12 \lVert y_b - y_{0,b} \rVert^2
@@ -33,6 +59,7 @@ def squared_error(new: Tensor, old: Tensor) -> Tensor:
     Args:
         new: ``(B, ...)``, differentiable.
         old: ``(B, ...)``, treated as constant.
+        weights: ``(B,)``, of the examples, batch first. Default one B-th each.
 
     Returns:
         A scalar, at least 0, in squared units of the output; float32 or wider.
@@ -44,7 +71,7 @@ def squared_error(new: Tensor, old: Tensor) -> Tensor:
     tensor(12.5000)
     """
     new, old = _pair(new, old)
-    return 0.5 * (new - old).square().sum() / len(new)
+    return 0.5 * _average((new - old).square(), len(new), weights)
 
 
 def mean_squared_error(new: Tensor, old: Tensor) -> Tensor:
@@ -69,7 +96,7 @@ def mean_squared_error(new: Tensor, old: Tensor) -> Tensor:
     return (new - old).square().mean()
 
 
-def softmax_kl(new: Tensor, old: Tensor, dim: int = -1) -> Tensor:
+def softmax_kl(new: Tensor, old: Tensor, dim: int = -1, weights: Tensor | None = None) -> Tensor:
     r"""Kullback-Leibler divergence between categorical predictions, averaged over all positions.
 
     .. math:: D(z, z_0) = \frac{1}{N} \sum_{n=1}^{N} \sum_c p_{nc} (\log p_{nc} - \log q_{nc}), \quad
@@ -83,6 +110,7 @@ def softmax_kl(new: Tensor, old: Tensor, dim: int = -1) -> Tensor:
         new: logits or log-probabilities with the classes along ``dim``, differentiable.
         old: the same shape, treated as constant. A class at minus infinity in both has probability 0 and adds nothing.
         dim: the dimension of the classes, at least two of them.
+        weights: ``(B,)``, of the examples, batch first. Default one B-th each.
 
     Returns:
         A scalar in nats, at least 0 up to rounding; float32 or wider.
@@ -95,15 +123,37 @@ def softmax_kl(new: Tensor, old: Tensor, dim: int = -1) -> Tensor:
     >>> softmax_kl(torch.tensor([[0.0, 3.0]]).log(), torch.tensor([[1.0, 1.0]]).log())
     tensor(inf)
     """
-    new, old = _pair(new, old)
-    if new.ndim < 2 or new.shape[dim] < 2:
-        raise ValueError(
-            f"softmax_kl needs a batch and at least two classes along dim={dim}; got shape {tuple(new.shape)}. "
-            "For one logit per example use bernoulli_kl."
-        )
+    new, old = _classes("softmax_kl", new, old, dim)
     log_p, log_q = old.log_softmax(dim), new.log_softmax(dim)
     terms = log_p.exp() * (log_p - log_q)
-    return terms.masked_fill(log_p == -torch.inf, 0.0).sum() / (new.numel() // new.shape[dim])
+    return _average(terms.masked_fill(log_p == -torch.inf, 0.0), new.numel() // new.shape[dim], weights)
+
+
+def softmax_squared_error(new: Tensor, old: Tensor, dim: int = -1, weights: Tensor | None = None) -> Tensor:
+    r"""Half the squared distance between categorical predictions, averaged over all positions.
+
+    .. math:: D(z, z_0) = \frac{1}{N} \sum_{n=1}^{N} \tfrac12 \lVert \operatorname{softmax}(z_n) -
+        \operatorname{softmax}(z_{0,n}) \rVert^2
+
+    The Bregman divergence of the Brier score :math:`\tfrac12 \lVert p - t \rVert^2` as a function of p.
+
+    Args:
+        new: logits or log-probabilities with the classes along ``dim``, differentiable.
+        old: the same shape, treated as constant.
+        dim: the dimension of the classes, at least two of them.
+        weights: ``(B,)``, of the examples, batch first. Default one B-th each.
+
+    Returns:
+        A scalar between 0 and 1; float32 or wider.
+
+    Raises:
+        ValueError: If the shapes differ or are empty, or there is no batch dimension or only one class.
+
+    >>> softmax_squared_error(torch.tensor([[100.0, 0.0]]), torch.tensor([[0.0, 100.0]]))
+    tensor(1.)
+    """
+    new, old = _classes("softmax_squared_error", new, old, dim)
+    return 0.5 * _average((new.softmax(dim) - old.softmax(dim)).square(), new.numel() // new.shape[dim], weights)
 
 
 def bernoulli_kl(new: Tensor, old: Tensor) -> Tensor:

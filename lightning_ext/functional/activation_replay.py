@@ -1,0 +1,208 @@
+"""A network run with the activation pattern of another one: every nonlinearity replaced by its expansion there."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import FunctionType, TracebackType
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from lightning_ext.functional.activation_handlers import Build, activation_handlers
+from lightning_ext.functional.activation_sites import ActivationSite
+
+__all__ = ["RecordActivations", "ReplayActivations"]
+
+_HANDLERS = activation_handlers()
+_CONVOLUTIONS = frozenset(f"conv{kind}{dim}d" for kind in ("", "_transpose") for dim in (1, 2, 3))
+# fmt: off
+_LINEAR = _CONVOLUTIONS | {
+    "__add__", "__get__", "__getitem__", "__iadd__", "__imul__", "__isub__", "__itruediv__", "__matmul__",
+    "__mul__", "__neg__", "__radd__", "__rmatmul__", "__rmul__", "__rsub__", "__set__", "__setitem__", "__sub__",
+    "__truediv__", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "add", "add_", "addbmm",
+    "addcmul", "addmm", "addmv", "alpha_dropout", "as_strided", "avg_pool1d", "avg_pool2d", "avg_pool3d", "baddbmm",
+    "batch_norm", "bmm", "broadcast_tensors", "broadcast_to", "cat", "chunk", "clone", "concat", "concatenate",
+    "contiguous", "copy_", "cumsum", "detach", "diagonal", "div", "div_", "double", "dropout", "dropout1d",
+    "dropout2d", "dropout3d", "einsum", "embedding", "expand", "expand_as", "feature_alpha_dropout", "fill_",
+    "flatten", "flip", "float", "fold", "full_like", "gather", "half", "index_select", "interpolate", "linear",
+    "masked_fill", "masked_select", "matmul", "mean", "mm", "moveaxis", "movedim", "mul", "mul_", "multiply", "mv",
+    "narrow", "neg", "new_empty", "new_full", "new_ones", "new_zeros", "ones_like", "outer", "pad", "permute",
+    "pixel_shuffle", "pixel_unshuffle", "rand_like", "randn_like", "repeat", "repeat_interleave", "requires_grad_",
+    "reshape", "reshape_as", "roll", "rsub", "scatter", "scatter_add", "select", "split", "squeeze", "stack", "sub",
+    "sub_", "subtract", "sum", "swapaxes", "swapdims", "t", "tensor_split", "tensordot", "tile", "to", "transpose",
+    "tril", "triu", "true_divide", "type", "type_as", "unbind", "unflatten", "unfold", "unsqueeze", "upsample",
+    "view", "view_as", "where", "zero_", "zeros_like",
+}
+# fmt: on
+
+
+def _opened(function: Any) -> FunctionType:
+    """A torch function written in Python, that shows its calls to the mode instead of itself."""
+    names = {**function.__globals__, "has_torch_function": lambda *_: False}
+    twin = FunctionType(function.__code__, names, function.__name__, function.__defaults__)
+    twin.__kwdefaults__ = function.__kwdefaults__
+    return twin
+
+
+_OPENED = {F.multi_head_attention_forward: _opened(F.multi_head_attention_forward)}
+
+
+class _ActivationMode(TorchFunctionMode):
+    """Sends every call of a known nonlinearity to ``_activate``."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        handler = _HANDLERS.get(func)
+        if handler is not None:
+            return handler(self._activate, *args, **kwargs)
+        if func in _OPENED:
+            with self._inside():
+                return _OPENED[func](*args, **kwargs)
+        out = func(*args, **kwargs)
+        self._passed(func, args, kwargs, out)
+        return out
+
+    @contextlib.contextmanager
+    def _inside(self) -> Iterator[None]:
+        TorchFunctionMode.__enter__(self)  # type: ignore[no-untyped-call]
+        try:
+            yield
+        finally:
+            TorchFunctionMode.__exit__(self, None, None, None)  # type: ignore[no-untyped-call]
+
+    def _activate(self, name: str, build: Build, s: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _passed(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
+        """Look at a call that is none of a known nonlinearity."""
+
+
+class RecordActivations(_ActivationMode):
+    r"""Run a reference network and keep the expansion of each of its nonlinearities.
+
+    Known are ReLU and its relatives, GELU, SiLU, tanh, sigmoid, softplus and other functions of each element; softmax,
+    attention, layer, group, instance and RMS normalisation; max-pooling. They may be called as modules, functions or
+    methods, in place, and any number of times. Everything else runs as it is.
+
+    Args:
+        given: Sites in the order of the calls that take the place of the reference's own, from `gates`; None leaves a
+            call to the reference. Default: all of them.
+
+    Attributes:
+        sites: The expansions, in the order of the calls.
+        others: Names of torch functions seen that are not known to be linear in the activations; when replayed, each
+            network runs its own.
+
+    Raises:
+        RuntimeError: On leaving, if there was no nonlinearity, as in compiled and scripted modules; or not as many as
+            are given.
+        ValueError: If a given gate does not fit its call.
+
+    Source: Dhawan, Huang, Bae & Grosse 2023 (arXiv:2302.03519) for ReLU; the other nonlinearities likewise.
+
+    >>> import torch
+    >>> with RecordActivations() as tape:
+    ...     reference = torch.tensor([[-1.0, 2.0]]).relu()
+    >>> with ReplayActivations(tape.sites):
+    ...     torch.tensor([[5.0, 7.0]]).relu()
+    tensor([[0., 7.]])
+
+    Note:
+        The sites keep the derivatives of each activation; run the reference under ``torch.no_grad()``.
+    """
+
+    def __init__(self, given: Sequence[ActivationSite | None] = ()) -> None:
+        super().__init__()
+        self.sites: list[ActivationSite] = []
+        self.others: set[str] = set()
+        self._given = list(given)
+        self._channel: int | None = None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop recording."""
+        TorchFunctionMode.__exit__(self, kind, error, trace)  # type: ignore[no-untyped-call]
+        if kind is None and not self.sites:
+            raise RuntimeError(
+                "no activation function was called: the network is linear, compiled or scripted, or its activations "
+                f"are none of those known (seen: {', '.join(sorted(self.others)) or 'nothing else'})."
+            )
+        if kind is None and self._given:
+            _require_all(len(self.sites), len(self._given))
+
+    def _activate(self, name: str, build: Build, s: Tensor) -> Tensor:
+        given = _next(self._given, len(self.sites), name, s) if self._given else None
+        site = build(name, s) if given is None else given
+        self.sites.append(site)
+        return site(s) if site.value is None else site.value.clone()
+
+    def _passed(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
+        name = getattr(func, "__name__", str(func))
+        if name not in _LINEAR and isinstance(out, Tensor) and out.is_floating_point():
+            self.others.add(name)
+
+
+class ReplayActivations(_ActivationMode):
+    """Run a network with the nonlinearities of a reference pass in place of its own.
+
+    Args:
+        sites: From `RecordActivations`, or from `gates`.
+
+    Raises:
+        RuntimeError: If the network calls other nonlinearities, more or fewer than the reference, or with other
+            shapes: its control flow depends on data or parameters, or the batch is another one.
+
+    Note:
+        Differentiable in everything but the sites, which are constants. One multiplication for each ReLU.
+    """
+
+    def __init__(self, sites: Sequence[ActivationSite]) -> None:
+        super().__init__()
+        self._sites, self._seen = list(sites), 0
+
+    def __enter__(self) -> "ReplayActivations":
+        """Begin with the first site."""
+        self._seen = 0
+        TorchFunctionMode.__enter__(self)  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop replaying."""
+        TorchFunctionMode.__exit__(self, kind, error, trace)  # type: ignore[no-untyped-call]
+        if kind is None:
+            _require_all(self._seen, len(self._sites))
+
+    def _activate(self, name: str, build: Build, s: Tensor) -> Tensor:
+        site: ActivationSite = _next(self._sites, self._seen, name, s)
+        self._seen += 1
+        return site(s)
+
+
+def _next(sites: Sequence[Any], index: int, name: str, s: Tensor) -> Any:
+    if index >= len(sites):
+        _require_all(index + 1, len(sites))
+    site = sites[index]
+    if site is not None and (site.name != name or not site.accepts(s)):
+        raise RuntimeError(
+            f"call {index} of an activation function is {name} with shape {tuple(s.shape)}, but the reference called "
+            f"{site.name} with shape {site.shape}. Both networks must run the same functions on the same batch."
+        )
+    return site
+
+
+def _require_all(seen: int, expected: int) -> None:
+    if seen != expected:
+        raise RuntimeError(
+            f"the network called {'at least ' if seen > expected else ''}{seen} activation functions and the "
+            f"reference {expected}. Both must run the same functions: control flow must not depend on the parameters."
+        )
