@@ -63,6 +63,7 @@ from lightning_ext.functional.influence_response import (
     response_terms_and_gradients,
 )
 from lightning_ext.functional.influence_tracin import tracin_self_influence
+from lightning_ext.functional.input_statistics import InputModel, InputStatistics
 from lightning_ext.functional.kronecker import KroneckerBlock, KroneckerCurvature, kronecker_curvature
 from lightning_ext.functional.kronecker_statistics import KroneckerLayer, KroneckerStatistics
 from lightning_ext.functional.krylov import conjugate_gradients
@@ -145,6 +146,8 @@ __all__ = [
     "GradientBlock",
     "HessianOperator",
     "InfluenceObjective",
+    "InputModel",
+    "InputStatistics",
     "KroneckerBlock",
     "KroneckerCurvature",
     "KroneckerLayer",

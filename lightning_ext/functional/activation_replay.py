@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from types import FunctionType, TracebackType
 from typing import Any
 
@@ -123,7 +124,7 @@ class RecordActivations(_ActivationMode):
         self.sites: list[ActivationSite] = []
         self.others: set[str] = set()
         self._given = list(given)
-        self._channel: int | None = None
+        self._channel = -1
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -140,12 +141,16 @@ class RecordActivations(_ActivationMode):
 
     def _activate(self, name: str, build: Build, s: Tensor) -> Tensor:
         given = _next(self._given, len(self.sites), name, s) if self._given else None
-        site = build(name, s) if given is None else given
+        site = replace(build(name, s), channel=self._channel) if given is None else given
         self.sites.append(site)
         return site(s) if site.value is None else site.value.clone()
 
     def _passed(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
         name = getattr(func, "__name__", str(func))
+        if name in _CONVOLUTIONS:
+            self._channel = 1
+        elif name in ("linear", "matmul", "__matmul__"):
+            self._channel = -1
         if name not in _LINEAR and isinstance(out, Tensor) and out.is_floating_point():
             self.others.add(name)
 
