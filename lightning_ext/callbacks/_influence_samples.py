@@ -9,21 +9,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_ext._lightning import LightningModule, MisconfigurationException, Trainer
-from lightning_ext.callbacks._quiet import undisturbed
-from lightning_ext.functional import ParameterView, evaluating
+from lightning_ext.functional import ParameterView
 from lightning_ext.modules._influence_data import Shard, plain
-
-
-@contextlib.contextmanager
-def beside(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
-    """Read data and run the module in eval mode without a trace; batch hooks see a trainer that validates."""
-    stage = trainer.state.stage
-    with undisturbed(pl_module), evaluating(pl_module):
-        trainer.validating = True  # hooks that augment while training leave these batches as they are
-        try:
-            yield
-        finally:
-            trainer.state.stage = stage
 
 
 def _mover(trainer: Trainer, pl_module: LightningModule, view: ParameterView, loader: int = 0) -> Callable[[Any], Any]:

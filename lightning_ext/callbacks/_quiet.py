@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_ext._lightning import LightningModule, submodule
+from lightning_ext._lightning import LightningModule, Trainer, submodule
+from lightning_ext.functional import evaluating
 
 
 def _muted(*args: Any, **kwargs: Any) -> None:
@@ -59,6 +60,18 @@ def undisturbed(pl_module: LightningModule) -> Iterator[None]:
             vars(metric).update(attributes)
         for module, mode in zip(modules, modes, strict=True):
             module.training = mode
+
+
+@contextlib.contextmanager
+def beside(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
+    """Read data and run the module in eval mode without a trace; batch hooks see a trainer that validates."""
+    stage = trainer.state.stage
+    with undisturbed(pl_module), evaluating(pl_module):
+        trainer.validating = True  # hooks that augment while training leave these batches as they are
+        try:
+            yield
+        finally:
+            trainer.state.stage = stage
 
 
 def _attributes(metric: Metric) -> dict[str, Any]:

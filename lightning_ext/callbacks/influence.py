@@ -13,7 +13,8 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_ext._lightning import Callback, LightningModule, MisconfigurationException, Trainer, refuse_sharded
-from lightning_ext.callbacks._influence_samples import beside, blocks, naming, query_batches, training_samples
+from lightning_ext.callbacks._influence_samples import blocks, naming, query_batches, training_samples
+from lightning_ext.callbacks._quiet import beside
 from lightning_ext.functional import (
     InfluenceObjective,
     LayerGradients,

@@ -9,7 +9,8 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_ext._lightning import Callback, LightningModule, Trainer, refuse_sharded
-from lightning_ext.callbacks._influence_samples import beside, training_samples
+from lightning_ext.callbacks._influence_samples import training_samples
+from lightning_ext.callbacks._quiet import beside
 from lightning_ext.functional import (
     InfluenceObjective,
     KroneckerBlock,
