@@ -68,6 +68,8 @@ from lightning_ext.functional.kronecker import KroneckerBlock, KroneckerCurvatur
 from lightning_ext.functional.kronecker_statistics import KroneckerLayer, KroneckerStatistics
 from lightning_ext.functional.krylov import conjugate_gradients
 from lightning_ext.functional.laftr import gated_distance, output_divergence
+from lightning_ext.functional.laftr_hessians import class_hessians
+from lightning_ext.functional.laftr_moments import OutputMoments, ReferenceMoments, joint_moments, moment_distance
 from lightning_ext.functional.layer_gradients import ExplicitRows, GradientBlock, LayerGradients, OuterProducts
 from lightning_ext.functional.layer_products import LayerFactors, LayerProducts
 from lightning_ext.functional.layer_recorder import LayerRecorder, RecordedLayer
@@ -167,6 +169,7 @@ __all__ = [
     "NystromApproximation",
     "OuterProducts",
     "OutputLoss",
+    "OutputMoments",
     "ParameterView",
     "PoissonNLL",
     "PreconditionerGradients",
@@ -176,6 +179,7 @@ __all__ = [
     "PullBack",
     "RecordActivations",
     "RecordedLayer",
+    "ReferenceMoments",
     "RemovalTerm",
     "ReplayActivations",
     "ResponseObjective",
@@ -197,6 +201,7 @@ __all__ = [
     "beta_grid",
     "block_cg",
     "cg",
+    "class_hessians",
     "concatenate",
     "conjugate_gradients",
     "differentiable",
@@ -219,6 +224,7 @@ __all__ = [
     "influence_scores",
     "inner_products",
     "joint_exact_gates",
+    "joint_moments",
     "keep_largest",
     "kl_weight",
     "kronecker_curvature",
@@ -234,6 +240,7 @@ __all__ = [
     "mean_squared_error",
     "merge_moments",
     "mislabel_detection",
+    "moment_distance",
     "moments_variance",
     "multiplicative_meta_step",
     "mutual_information_gap",
