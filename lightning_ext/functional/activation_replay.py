@@ -1,7 +1,7 @@
 """A network run with the activation pattern of another one: every nonlinearity replaced by its expansion there."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import FunctionType, TracebackType
 from typing import Any
@@ -18,24 +18,27 @@ __all__ = ["RecordActivations", "ReplayActivations"]
 _HANDLERS = activation_handlers()
 _CONVOLUTIONS = frozenset(f"conv{kind}{dim}d" for kind in ("", "_transpose") for dim in (1, 2, 3))
 # fmt: off
-_LINEAR = _CONVOLUTIONS | {
-    "__add__", "__get__", "__getitem__", "__iadd__", "__imul__", "__isub__", "__itruediv__", "__matmul__",
-    "__mul__", "__neg__", "__radd__", "__rmatmul__", "__rmul__", "__rsub__", "__set__", "__setitem__", "__sub__",
-    "__truediv__", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "add", "add_", "addbmm",
-    "addcmul", "addmm", "addmv", "alpha_dropout", "as_strided", "avg_pool1d", "avg_pool2d", "avg_pool3d", "baddbmm",
-    "batch_norm", "bmm", "broadcast_tensors", "broadcast_to", "cat", "chunk", "clone", "concat", "concatenate",
-    "contiguous", "copy_", "cumsum", "detach", "diagonal", "div", "div_", "double", "dropout", "dropout1d",
-    "dropout2d", "dropout3d", "einsum", "embedding", "expand", "expand_as", "feature_alpha_dropout", "fill_",
-    "flatten", "flip", "float", "fold", "full_like", "gather", "half", "index_select", "interpolate", "linear",
-    "masked_fill", "masked_select", "matmul", "mean", "mm", "moveaxis", "movedim", "mul", "mul_", "multiply", "mv",
-    "narrow", "neg", "new_empty", "new_full", "new_ones", "new_zeros", "ones_like", "outer", "pad", "permute",
-    "pixel_shuffle", "pixel_unshuffle", "rand_like", "randn_like", "repeat", "repeat_interleave", "requires_grad_",
-    "reshape", "reshape_as", "roll", "rsub", "scatter", "scatter_add", "select", "split", "squeeze", "stack", "sub",
-    "sub_", "subtract", "sum", "swapaxes", "swapdims", "t", "tensor_split", "tensordot", "tile", "to", "transpose",
-    "tril", "triu", "true_divide", "type", "type_as", "unbind", "unflatten", "unfold", "unsqueeze", "upsample",
-    "view", "view_as", "where", "zero_", "zeros_like",
+_PRODUCTS = _CONVOLUTIONS | {
+    "addbmm", "addcmul", "addmm", "addmv", "baddbmm", "bmm", "div", "einsum", "imul", "itruediv", "linear",
+    "matmul", "mm", "mul", "multiply", "mv", "outer", "rmatmul", "rmul", "tensordot", "true_divide", "truediv",
 }
+_LINEAR = _PRODUCTS | {
+    "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "add", "alpha_dropout", "as_strided",
+    "avg_pool1d", "avg_pool2d", "avg_pool3d", "batch_norm", "broadcast_tensors", "broadcast_to", "cat", "chunk",
+    "clone", "concat", "concatenate", "contiguous", "copy", "cumsum", "detach", "diagonal", "double", "dropout",
+    "dropout1d", "dropout2d", "dropout3d", "embedding", "expand", "expand_as", "feature_alpha_dropout", "fill",
+    "flatten", "flip", "float", "fold", "full_like", "gather", "get", "getitem", "half", "iadd", "index_select",
+    "interpolate", "isub", "masked_fill", "masked_select", "mean", "moveaxis", "movedim", "narrow", "neg",
+    "new_empty", "new_full", "new_ones", "new_zeros", "ones_like", "pad", "permute", "pixel_shuffle",
+    "pixel_unshuffle", "radd", "rand_like", "randn_like", "repeat", "repeat_interleave", "requires_grad", "reshape",
+    "reshape_as", "roll", "rsub", "scatter", "scatter_add", "select", "set", "setitem", "split", "squeeze", "stack",
+    "sub", "subtract", "sum", "swapaxes", "swapdims", "t", "tensor_split", "tile", "to", "transpose", "tril",
+    "triu", "type", "type_as", "unbind", "unflatten", "unfold", "unsqueeze", "upsample", "view", "view_as", "where",
+    "zero", "zeros_like",
+}
+_COMPARISONS = frozenset({"eq", "ge", "gt", "le", "lt", "ne"})
 # fmt: on
+_LIVE = "_depends_on_activations"  # set on tensors of a recorded pass, to tell products of two of them from layers
 
 
 def _opened(function: Any) -> FunctionType:
@@ -61,7 +64,7 @@ class _ActivationMode(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         handler = _HANDLERS.get(func)
-        if handler is not None:
+        if handler is not None and next(x for x in (*args, *kwargs.values())).is_floating_point():
             return handler(self._activate, *args, **kwargs)
         if func in _OPENED:
             with self._inside():
@@ -98,8 +101,8 @@ class RecordActivations(_ActivationMode):
 
     Attributes:
         sites: The expansions, in the order of the calls.
-        others: Names of torch functions seen that are not known to be linear in the activations; when replayed, each
-            network runs its own.
+        others: Names of torch functions seen that are not known to be linear in the activations, among them products
+            of two activations and comparisons; when replayed, each network runs its own.
 
     Raises:
         RuntimeError: On leaving, if there was no nonlinearity, as in compiled and scripted modules; or not as many as
@@ -143,16 +146,45 @@ class RecordActivations(_ActivationMode):
         given = _next(self._given, len(self.sites), name, s) if self._given else None
         site = replace(build(name, s), channel=self._channel) if given is None else given
         self.sites.append(site)
-        return site(s) if site.value is None else site.value.clone()
+        out = site(s) if site.value is None else site.value.clone()
+        setattr(out, _LIVE, True)
+        return out
 
     def _passed(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
-        name = getattr(func, "__name__", str(func))
+        name = getattr(func, "__name__", str(func)).strip("_")  # methods, operators and functions alike
         if name in _CONVOLUTIONS:
             self._channel = 1
-        elif name in ("linear", "matmul", "__matmul__"):
+        elif name in ("linear", "matmul"):
             self._channel = -1
-        if name not in _LINEAR and isinstance(out, Tensor) and out.is_floating_point():
+        live = sum(hasattr(x, _LIVE) for x in _tensors((*args, *kwargs.values())))
+        results = list(_tensors((out,)))
+        for x in results if live else ():
+            setattr(x, _LIVE, True)
+        if self._departs(name, live, kwargs, args, results):
             self.others.add(name)
+
+    def _departs(
+        self, name: str, live: int, kwargs: Mapping[str, Any], args: tuple[Any, ...], results: list[Tensor]
+    ) -> bool:
+        if name in _PRODUCTS:
+            return live > 1
+        if name in _COMPARISONS:
+            return _floating(args)
+        unknown = name not in _LINEAR or bool(kwargs.get("training"))
+        return unknown and _floating((*args, *kwargs.values())) and _floating(results)
+
+
+def _floating(values: Iterable[Any]) -> bool:
+    return any(x.is_floating_point() for x in _tensors(values))
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among values and among the items of their lists and tuples."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
 
 
 class ReplayActivations(_ActivationMode):
