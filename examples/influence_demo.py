@@ -84,7 +84,9 @@ def _behind(test: TensorDataset, questions: list[int], train: TensorDataset, sco
 
 def _train(train: TensorDataset, output_dir: Path) -> Classifier:
     pl.seed_everything(0, verbose=False)
-    model = Classifier(MLP([64, 16, 10]), functools.partial(torch.optim.Adam, lr=0.01, weight_decay=1e-3))
+    model = Classifier(
+        MLP([64, 16, 10], activation="tanh"), functools.partial(torch.optim.Adam, lr=0.01, weight_decay=1e-3)
+    )
     trainer = _trainer("digits with wrong labels", EPOCHS, output_dir)
     trainer.fit(model, DataLoader(train, batch_size=50, shuffle=True))
     return model
@@ -113,7 +115,7 @@ def _tile(output_dir: Path) -> Tile:
 
     start = time.perf_counter()
     influence = InfluenceModule(
-        model, queries=[tuple(tensor[questions] for tensor in test.tensors)], damping=DAMPING, solver="nystrom_cg"
+        model, queries=[tuple(tensor[questions] for tensor in test.tensors)], damping=DAMPING, solver="block_cg"
     )
     scores = InfluenceScores.gather(_trainer("influence", 1, output_dir).predict(influence, loader))
     residual = influence.report["residual"]

@@ -305,9 +305,12 @@ class ResponseModule(StackedCopies):
             self.gradient_ratio = self._ratio(self._whole_gradient())
             worst = self.gradient_ratio.max().item()
             if not worst <= self.tolerance:
+                above = int((~(self.gradient_ratio <= self.tolerance)).sum())
                 rank_zero_warn(
                     f"{type(self).__name__} stopped at a relative gradient of {worst:.2e}, above tolerance="
-                    f"{self.tolerance:g}: train longer, with another lr, or with optimizer='newton'."
+                    f"{self.tolerance:g} for {above} of {len(self.gradient_ratio)} copies: train longer, with another "
+                    "lr, or with optimizer='newton'. Networks with kinks (ReLU) may have a minimum at one, where the "
+                    "gradient does not vanish."
                 )
         if self.response_name == "pbrf" and self._removal is not None:
             risen = self._removal.risen(self.view.unflatten(self.change.detach()))
