@@ -69,6 +69,7 @@ from lightning_ext.functional.kronecker_statistics import KroneckerLayer, Kronec
 from lightning_ext.functional.krylov import conjugate_gradients
 from lightning_ext.functional.laftr import gated_distance, output_divergence
 from lightning_ext.functional.laftr_hessians import class_hessians
+from lightning_ext.functional.laftr_mean_gate import mean_gate_distance, mean_gate_moments
 from lightning_ext.functional.laftr_moments import OutputMoments, ReferenceMoments, joint_moments, moment_distance
 from lightning_ext.functional.layer_gradients import ExplicitRows, GradientBlock, LayerGradients, OuterProducts
 from lightning_ext.functional.layer_products import LayerFactors, LayerProducts
@@ -237,6 +238,8 @@ __all__ = [
     "lissa_scale",
     "log_partition_divergence",
     "map_tensors",
+    "mean_gate_distance",
+    "mean_gate_moments",
     "mean_squared_error",
     "merge_moments",
     "mislabel_detection",
