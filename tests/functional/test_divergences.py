@@ -11,10 +11,12 @@ from lightning_ext.functional import (
     divergence_named,
     mean_squared_error,
     softmax_kl,
+    softmax_squared_error,
     squared_error,
 )
 
-EVERY = [squared_error, mean_squared_error, softmax_kl, bernoulli_kl]
+EVERY = [squared_error, mean_squared_error, softmax_kl, softmax_squared_error, bernoulli_kl]
+WEIGHTED = [squared_error, softmax_kl, softmax_squared_error]
 
 
 def pair(*shape, scale=1.0, dtype=torch.float64):
@@ -137,9 +139,30 @@ def test_shapes_must_agree_and_hold_something(divergence):
 
 
 @pytest.mark.parametrize("shape", [(4, 1), (1,), (5,), ()])
-def test_one_class_is_refused_with_the_way_out(shape):
-    with pytest.raises(ValueError, match=r"two classes.*bernoulli_kl"):
-        softmax_kl(torch.zeros(shape), torch.zeros(shape))
+@pytest.mark.parametrize("divergence", [softmax_kl, softmax_squared_error])
+def test_one_class_is_refused_with_the_way_out(divergence, shape):
+    with pytest.raises(ValueError, match=rf"{divergence.__name__} needs .* two classes.*bernoulli_kl"):
+        divergence(torch.zeros(shape), torch.zeros(shape))
+
+
+def test_softmax_squared_error_is_the_squared_error_of_the_probabilities():
+    new, old = pair(5, 7, 4)
+    expected = 0.5 * (new.softmax(-1) - old.softmax(-1)).square().sum(-1).mean()
+    assert softmax_squared_error(new, old).item() == pytest.approx(expected.item(), rel=1e-13)
+    moved = softmax_squared_error(new.movedim(-1, 1), old.movedim(-1, 1), dim=1)
+    assert moved.item() == pytest.approx(expected.item(), rel=1e-13)
+
+
+@pytest.mark.parametrize("divergence", WEIGHTED)
+@pytest.mark.parametrize("shape", [(6, 4), (6, 3, 4)])
+def test_weights_take_the_place_of_the_mean_over_examples(divergence, shape):
+    new, old = pair(*shape)
+    weights = torch.tensor([0.3, 0.0, 0.1, 0.2, 0.35, 0.05])
+    rows = torch.stack([divergence(z[None], z0[None]) for z, z0 in zip(new, old, strict=True)])
+    assert divergence(new, old, weights=weights).item() == pytest.approx((weights.double() @ rows).item(), rel=1e-12)
+    assert divergence(new, old).item() == pytest.approx(rows.mean().item(), rel=1e-12)
+    with pytest.raises(ValueError, match=r"weights must have shape \(6,\).*got \(3,\)"):
+        divergence(new, old, weights=weights[:3])
 
 
 def test_names():
