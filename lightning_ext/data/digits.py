@@ -16,13 +16,6 @@ _NUM_TRAIN = 1400
 _SPLIT_SEED = 0
 
 
-class _BatchedTensors(TensorDataset):
-    """Indexed once per batch instead of once per sample."""
-
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, ...]:
-        return tuple(tensor[indices] for tensor in self.tensors)
-
-
 class DigitsDataModule(ResumableDataModule):
     """1,400 training and 397 held-out images of handwritten digits, 8 x 8 pixels, with labels.
 
@@ -72,8 +65,8 @@ class DigitsDataModule(ResumableDataModule):
         images = images.reshape(-1, *self.input_shape)
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(_SPLIT_SEED))
         train, held_out = order[:_NUM_TRAIN], order[_NUM_TRAIN:]
-        self.train_set = _BatchedTensors(images[train], labels[train])
-        self.held_out_set = _BatchedTensors(images[held_out], labels[held_out])
+        self.train_set = TensorDataset(images[train], labels[train])
+        self.held_out_set = TensorDataset(images[held_out], labels[held_out])
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled training images with labels."""

@@ -4,9 +4,10 @@ from collections.abc import Iterator, Mapping, Sized
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, RandomSampler
+from torch.utils.data import DataLoader, Dataset, RandomSampler, default_collate
 
 from lightning_ext._lightning import LightningDataModule
+from lightning_ext.data._arrays import WholeBatches, takes_lists
 from lightning_ext.functional.counter_rng import seeded_generator
 
 __all__ = ["EpochSampler", "ResumableDataModule", "ResumableLoader"]
@@ -86,8 +87,9 @@ class ResumableLoader(DataLoader[Any]):
         self._skip = state_dict["position"] % max(1, len(self))
 
 
-def _as_it_is(batch: Any) -> Any:
-    return batch
+def _collate(found: Any) -> Any:
+    """A list of samples becomes a batch; anything else is what ``__getitems__`` gave as a whole batch."""
+    return default_collate(found) if isinstance(found, list) else found
 
 
 class ResumableDataModule(LightningDataModule):
@@ -108,12 +110,14 @@ class ResumableDataModule(LightningDataModule):
             raise ValueError(f"batch_size must be at least 1; got {batch_size}.")
         self.batch_size, self.num_workers = batch_size, num_workers
         self.seed = torch.initial_seed() if seed is None else seed
+        self._whole: list[WholeBatches] = []
 
     def loader(self, dataset: Dataset[Any] | None, shuffle: bool = False) -> ResumableLoader:
-        """A loader of a dataset that indexes a whole batch at once (``__getitems__``).
+        """A loader that can stop in the middle of an epoch and, from tensors, indexes a whole batch at once.
 
         Args:
-            dataset: the dataset, or None before ``setup``.
+            dataset: the dataset, or None before ``setup``. A ``TensorDataset`` is read in whole batches, as is one with
+                ``__getitems__`` that gives a tuple, a mapping or a tensor; lists of samples are collated.
             shuffle: permute every epoch anew.
 
         Raises:
@@ -123,13 +127,21 @@ class ResumableDataModule(LightningDataModule):
             raise RuntimeError("call setup() before asking for a loader; a Trainer does it by itself.")
         sized: Any = dataset
         return ResumableLoader(
-            dataset,
+            self._in_whole_batches(dataset) if takes_lists(dataset) else dataset,
             batch_size=self.batch_size,
             sampler=EpochSampler(sized, self.seed) if shuffle else None,
-            collate_fn=_as_it_is,
+            collate_fn=_collate,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
         )
+
+    def _in_whole_batches(self, dataset: Dataset[Any]) -> WholeBatches:
+        """One object for one dataset: whoever keeps results by dataset must know it again in the next loader."""
+        known = next((whole for whole in self._whole if whole.rows is dataset), None)
+        if known is None:
+            known = WholeBatches(dataset)
+            self._whole.append(known)
+        return known
 
     def state_dict(self) -> dict[str, Any]:
         """The seed of the order."""

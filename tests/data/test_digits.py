@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from lightning_ext._lightning import LightningModule, Trainer
 from lightning_ext.data import DigitsDataModule, digits
@@ -102,6 +103,13 @@ def test_a_resumed_training_sees_the_rest_of_its_epoch(checkpoint, crash_at):
         return BetaVAE(MLPEncoder([64], [5], 2), MLPDecoder(2, [5], [64]), input_shape=[64])
 
     assert_resumes(build, lambda: DigitsDataModule(batch_size=400), checkpoint=checkpoint, crash_at=crash_at)
+
+
+def test_a_loader_of_the_users_own_collates_the_samples():
+    data = ready()
+    images, labels = next(iter(DataLoader(data.train_set, batch_size=5)))
+    assert torch.equal(images, data.train_set.tensors[0][:5])
+    assert torch.equal(labels, data.train_set.tensors[1][:5])
 
 
 def test_a_second_setup_reads_nothing_again():

@@ -28,8 +28,17 @@ def test_each_sample_keeps_its_position(dataset):
 def test_a_dataset_that_makes_whole_batches_still_does():
     data = DigitsDataModule(batch_size=8)
     data.setup()
-    loader = DataLoader(IndexedDataset(data.train_set), batch_size=8, shuffle=True, collate_fn=lambda batch: batch)
+    whole = data.train_dataloader().dataset
+    loader = DataLoader(IndexedDataset(whole), batch_size=8, shuffle=True, collate_fn=lambda batch: batch)
     index, (images, labels) = next(iter(loader))
+    assert torch.equal(images, data.train_set.tensors[0][index])
+    assert torch.equal(labels, data.train_set.tensors[1][index])
+
+
+def test_a_data_modules_loader_collates_samples_with_positions():
+    data = DigitsDataModule(batch_size=8, seed=0)
+    data.setup()
+    index, (images, labels) = next(iter(data.loader(IndexedDataset(data.train_set), shuffle=True)))
     assert torch.equal(images, data.train_set.tensors[0][index])
     assert torch.equal(labels, data.train_set.tensors[1][index])
 

@@ -1,10 +1,13 @@
+import copy
+import pickle
+
 import pytest
 import torch
 from pytorch_lightning import Trainer
 from pytorch_lightning.demos.boring_classes import BoringModel
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
-from lightning_ext.data import EpochSampler, ResumableLoader
+from lightning_ext.data import EpochSampler, ResumableDataModule, ResumableLoader
 from lightning_ext.testing import assert_resumes, ddp_trainer_kwargs
 
 
@@ -78,3 +81,65 @@ def test_another_number_of_batches_is_refused():
     state = ResumableLoader(torch.arange(12), batch_size=4).state_dict()
     with pytest.raises(ValueError, match="inside an epoch of 3 batches with a loader of 6"):
         ResumableLoader(torch.arange(12), batch_size=2).load_state_dict(state)
+
+
+X, T = torch.arange(20.0).reshape(10, 2), torch.arange(10)
+
+
+class PerSample(TensorDataset):
+    """Its own indexing does not take lists."""
+
+    def __getitem__(self, index):
+        return self.tensors[0][index] + 1.0, int(self.tensors[1][index])
+
+
+class Whole(Dataset):
+    """Makes batches itself."""
+
+    def __len__(self):
+        return 10
+
+    def __getitem__(self, index):
+        raise AssertionError("asked for one sample")
+
+    def __getitems__(self, indices):
+        return X[indices] + 1.0, T[indices]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "shift"),
+    [(TensorDataset(X, T), 0.0), (PerSample(X, T), 1.0), (Whole(), 1.0)],
+    ids=["tensors", "own indexing", "whole"],
+)
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_batches_of_any_dataset(dataset, shift, num_workers):
+    module = ResumableDataModule(4, num_workers=num_workers, seed=0)
+    batches = list(module.loader(dataset, shuffle=True))
+    assert [len(t) for _, t in batches] == [4, 4, 2]
+    images, labels = (torch.cat(part) for part in zip(*batches, strict=True))
+    assert sorted(labels.tolist()) == list(range(10))
+    assert labels.tolist() != list(range(10))
+    assert torch.equal(images, X[labels] + shift)
+
+
+def test_tensors_are_indexed_once_per_batch(monkeypatch):
+    asked = []
+    get = TensorDataset.__getitem__
+
+    def counted(self, index):
+        asked.append(index)
+        return get(self, index)
+
+    monkeypatch.setattr(TensorDataset, "__getitem__", counted)
+    list(ResumableDataModule(5, seed=0).loader(TensorDataset(X, T)))
+    assert asked == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
+
+
+def test_loaders_of_one_dataset_read_one_object():
+    module, first, second = ResumableDataModule(4), TensorDataset(X, T), TensorDataset(X)
+    assert module.loader(first).dataset is module.loader(first, shuffle=True).dataset
+    assert module.loader(first).dataset.tensors is first.tensors
+    assert module.loader(second).dataset.tensors is second.tensors
+    module, first = pickle.loads(pickle.dumps(copy.deepcopy((module, first))))
+    assert module.loader(first).dataset is module.loader(first).dataset
+    assert module.loader(first).dataset.tensors is first.tensors

@@ -305,7 +305,7 @@ def test_removed_samples_come_from_whatever_the_loader_reads():
     fit(module, data, limit_train_batches=1, max_epochs=1, limit_val_batches=0)
     model = copy.deepcopy(module.base).requires_grad_()
     x, t = next(iter(data.train_dataloader()))
-    gone = data.train_set.__getitems__([5])
+    gone = data.train_set[[5]]
     loss = F.cross_entropy(model(x), t) - F.cross_entropy(model(gone[0]), gone[1]) / 1400
     expected = -0.1 * torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, list(model.parameters()))])
     torch.testing.assert_close(module.response()[0], expected, rtol=1e-3, atol=1e-7)
