@@ -68,6 +68,7 @@ from lightning_ext.functional.kronecker import KroneckerBlock, KroneckerCurvatur
 from lightning_ext.functional.kronecker_statistics import KroneckerLayer, KroneckerStatistics
 from lightning_ext.functional.krylov import conjugate_gradients
 from lightning_ext.functional.laftr import gated_distance, output_divergence
+from lightning_ext.functional.laftr_chain import sequential_layers
 from lightning_ext.functional.laftr_hessians import class_hessians
 from lightning_ext.functional.laftr_mean_gate import mean_gate_distance, mean_gate_moments
 from lightning_ext.functional.laftr_moments import OutputMoments, ReferenceMoments, joint_moments, moment_distance
@@ -274,6 +275,7 @@ __all__ = [
     "seeded_generator",
     "select",
     "self_influence",
+    "sequential_layers",
     "sgd_log_step",
     "sigma_vae_distortion",
     "slope_error",
