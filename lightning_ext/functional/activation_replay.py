@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from types import FunctionType, TracebackType
 from typing import Any
 
@@ -64,7 +63,7 @@ class _ActivationMode(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         handler = _HANDLERS.get(func)
-        if handler is not None and next(x for x in (*args, *kwargs.values())).is_floating_point():
+        if handler is not None and next(_tensors((*args, *kwargs.values()))).is_floating_point():
             return handler(self._activate, *args, **kwargs)
         if func in _OPENED:
             with self._inside():
@@ -144,7 +143,11 @@ class RecordActivations(_ActivationMode):
 
     def _activate(self, name: str, build: Build, s: Tensor) -> Tensor:
         given = _next(self._given, len(self.sites), name, s) if self._given else None
-        site = replace(build(name, s), channel=self._channel) if given is None else given
+        if given is None:
+            site = build(name, s)
+            site.channel = self._channel
+        else:
+            site = given
         self.sites.append(site)
         out = site(s) if site.value is None else site.value.clone()
         setattr(out, _LIVE, True)
@@ -198,7 +201,8 @@ class ReplayActivations(_ActivationMode):
             shapes: its control flow depends on data or parameters, or the batch is another one.
 
     Note:
-        Differentiable in everything but the sites, which are constants. One multiplication for each ReLU.
+        Differentiable in everything but the sites, which are constants. One multiplication for each ReLU. What
+        activation checkpointing computes again in the backward pass is out of reach: turn it off.
     """
 
     def __init__(self, sites: Sequence[ActivationSite]) -> None:

@@ -11,7 +11,7 @@ __all__ = ["ActivationSite", "gates"]
 LinearMap = Callable[[Tensor], Tensor]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class ActivationSite:
     r"""A nonlinearity :math:`\phi` at the reference's pre-activation :math:`s_0`, as an affine map of another one.
 

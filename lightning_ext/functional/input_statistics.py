@@ -169,9 +169,12 @@ class InputStatistics:
         if self.covariance == "diag":
             second.index_add_(0, groups, flat.square())
             return
-        for group in torch.unique(groups).tolist() if self.num_groups > 1 else [0]:
-            rows = flat[groups == group] if self.num_groups > 1 else flat
-            second[group].addmm_(rows.mT, rows if self.covariance == "full" else rows @ self._sketch)
+        # sorted, so that the rows of a group are a slice
+        order, counts = groups.argsort(), torch.bincount(groups, minlength=self.num_groups).tolist()
+        sorted_rows = flat if self.num_groups == 1 else flat[order]
+        for total, rows in zip(second, torch.split(sorted_rows, counts), strict=True):
+            if len(rows):
+                total.addmm_(rows.mT, rows if self.covariance == "full" else rows @ self._sketch)
 
     def merge(self, other: "InputStatistics") -> "InputStatistics":
         """Add the sums of another shard, in place.

@@ -236,7 +236,13 @@ CALLS = {
     "tanh": [torch.tanh, F.tanh, torch.Tensor.tanh, torch.tanh_, torch.Tensor.tanh_, nn.Tanh()],
     "sigmoid": [torch.sigmoid, F.sigmoid, torch.Tensor.sigmoid, torch.sigmoid_, torch.special.expit, nn.Sigmoid()],
     "leaky_relu": [F.leaky_relu, F.leaky_relu_, nn.LeakyReLU()],
-    "softmax": [lambda x: x.softmax(-1), lambda x: torch.softmax(x, 1), lambda x: F.softmax(x, dim=-1), nn.Softmax(1)],
+    "softmax": [
+        lambda x: x.softmax(-1),
+        lambda x: torch.softmax(dim=1, input=x),
+        lambda x: torch.softmax(x, 1),
+        lambda x: F.softmax(x, dim=-1),
+        nn.Softmax(1),
+    ],
     "clamp": [lambda x: x.clamp(min=0.0), lambda x: torch.clip(x, 0.0), lambda x: x.clone().clamp_(min=0.0)],
 }
 

@@ -166,8 +166,9 @@ def test_gradients_are_those_of_finite_differences():
     assert torch.autograd.gradcheck(distance, [current[key].requires_grad_() for key in keys])
 
 
-def test_the_reference_gets_no_gradient():
-    forward, reference, current, x = build()
+@pytest.mark.parametrize("name", NETS)
+def test_the_reference_gets_no_gradient(name):
+    forward, reference, current, x = build(name)
     reference = {key: value.clone().requires_grad_() for key, value in reference.items()}
     current = {key: value.requires_grad_() for key, value in current.items()}
     gated_distance(forward, reference, current, x).backward()
