@@ -46,7 +46,10 @@ def test_nested_modules():
 def test_one_layer_and_a_shared_one():
     assert found(nn.Linear(4, 2)) == [("weight", "bias")]
     layer = nn.Linear(4, 4)
-    assert found(nn.Sequential(layer, nn.ReLU(), layer)) == [("0.weight", "0.bias")] * 2
+    tied = nn.Sequential(layer, nn.ReLU(), layer)
+    assert found(tied) == [("0.weight", "0.bias")] * 2
+    every_name = dict(tied.named_parameters(remove_duplicate=False))
+    assert sequential_layers(tied, every_name, torch.zeros(2, 4)) == [("0.weight", "0.bias")] * 2
 
 
 def test_functions_of_parameters():
