@@ -71,13 +71,10 @@ class ActivationSite:
 
 def relu_site(name: str, s: Tensor, negative_slope: float = 0.0, channel: int = -1) -> ActivationSite:
     """ReLU, or leaky ReLU, whose gate is closed at 0 as in autograd."""
-    return _gated(name, s > 0, s, negative_slope, channel)
+    return _gated(name, s.relu().sign(), negative_slope, channel)  # many times faster than a comparison and a cast
 
 
-def _gated(
-    name: str, open_units: Tensor, like: Tensor, negative_slope: float, channel: int, shared: bool = False
-) -> ActivationSite:
-    gate = open_units.to(like.dtype)
+def _gated(name: str, gate: Tensor, negative_slope: float, channel: int, shared: bool = False) -> ActivationSite:
     slope = gate if negative_slope == 0.0 else negative_slope + (1.0 - negative_slope) * gate
     return ActivationSite(
         name, tuple(gate.shape), slope, gate=gate, negative_slope=negative_slope, channel=channel, shared=shared
@@ -175,4 +172,4 @@ def _given(site: ActivationSite, value: Tensor) -> ActivationSite:
     if not shared and tuple(value.shape[1:]) != units:
         raise ValueError(f"gates of {site.name} must have shape {units}, or a batch of them; got {tuple(value.shape)}.")
     value = value[None] if shared else value
-    return _gated(site.name, value, value, site.negative_slope, site.channel, shared)
+    return _gated(site.name, value, site.negative_slope, site.channel, shared)
