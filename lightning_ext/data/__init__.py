@@ -1,6 +1,7 @@
 """Datasets and LightningDataModules."""
 
 from lightning_ext.data.cifar import CIFAR10, CIFAR100, CIFARImages, CIFARLayout, read_cifar
+from lightning_ext.data.continual import ContinualDataModule
 from lightning_ext.data.digits import DigitsDataModule
 from lightning_ext.data.dsprites import DSpritesDataModule
 from lightning_ext.data.indexed import IndexedBatch, IndexedDataset
@@ -13,6 +14,7 @@ __all__ = [
     "CIFAR100",
     "CIFARImages",
     "CIFARLayout",
+    "ContinualDataModule",
     "DSpritesDataModule",
     "DigitsDataModule",
     "EpochSampler",

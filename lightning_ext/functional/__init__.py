@@ -69,6 +69,13 @@ from lightning_ext.functional.kronecker_statistics import KroneckerLayer, Kronec
 from lightning_ext.functional.krylov import conjugate_gradients
 from lightning_ext.functional.laftr import gated_distance, output_divergence
 from lightning_ext.functional.laftr_chain import sequential_layers
+from lightning_ext.functional.laftr_continual import (
+    average_accuracy,
+    backward_transfer,
+    forgetting,
+    forward_transfer,
+    learning_accuracy,
+)
 from lightning_ext.functional.laftr_hessians import class_hessians
 from lightning_ext.functional.laftr_mean_gate import mean_gate_distance, mean_gate_moments
 from lightning_ext.functional.laftr_moments import OutputMoments, ReferenceMoments, joint_moments, moment_distance
@@ -193,7 +200,9 @@ __all__ = [
     "active_units",
     "apply_preconditioner",
     "at_least_float32",
+    "average_accuracy",
     "average_ranks",
+    "backward_transfer",
     "batch_size",
     "bernoulli_distortion",
     "bernoulli_kl",
@@ -214,6 +223,8 @@ __all__ = [
     "exponential_remainder",
     "fixed_direction",
     "fold_in",
+    "forgetting",
+    "forward_transfer",
     "free_bits_rate",
     "gate_activation",
     "gated_distance",
@@ -231,6 +242,7 @@ __all__ = [
     "kl_weight",
     "kronecker_curvature",
     "lanczos",
+    "learning_accuracy",
     "leave_out_step",
     "linear_datamodeling_scores",
     "linear_vae_optimum",
