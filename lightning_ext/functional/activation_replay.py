@@ -63,7 +63,7 @@ class _ActivationMode(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         handler = _HANDLERS.get(func)
-        if handler is not None and next(_tensors((*args, *kwargs.values()))).is_floating_point():
+        if handler is not None and _floating((*args, *kwargs.values())):
             return handler(self._activate, *args, **kwargs)
         if func in _OPENED:
             with self._inside():
@@ -104,9 +104,8 @@ class RecordActivations(_ActivationMode):
             of two activations and comparisons; when replayed, each network runs its own.
 
     Raises:
-        RuntimeError: On leaving, if there was no nonlinearity, as in compiled and scripted modules; or not as many as
-            are given.
-        ValueError: If a given gate does not fit its call.
+        RuntimeError: On leaving, if there was no nonlinearity, as in compiled and scripted modules; or if a given site
+            does not fit its call, or there are not as many as calls.
 
     Source: Dhawan, Huang, Bae & Grosse 2023 (arXiv:2302.03519) for ReLU; the other nonlinearities likewise.
 
@@ -194,9 +193,10 @@ class ReplayActivations(_ActivationMode):
     """Run a network with the nonlinearities of a reference pass in place of its own.
 
     Args:
-        sites: From `RecordActivations`, or from `gates`.
+        sites: From `RecordActivations`, or from `gates` if none of them is None.
 
     Raises:
+        ValueError: If a site is None.
         RuntimeError: If the network calls other nonlinearities, more or fewer than the reference, or with other
             shapes: its control flow depends on data or parameters, or the batch is another one.
 
@@ -205,8 +205,12 @@ class ReplayActivations(_ActivationMode):
         activation checkpointing computes again in the backward pass is out of reach: turn it off.
     """
 
-    def __init__(self, sites: Sequence[ActivationSite]) -> None:
+    def __init__(self, sites: Sequence[ActivationSite | None]) -> None:
         super().__init__()
+        if any(site is None for site in sites):
+            raise ValueError(
+                "some sites have no gate: run the reference in RecordActivations(given=sites) and replay its sites."
+            )
         self._sites, self._seen = list(sites), 0
 
     def __enter__(self) -> "ReplayActivations":

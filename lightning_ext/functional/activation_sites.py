@@ -155,7 +155,7 @@ def gates(sites: Sequence[ActivationSite], values: Sequence[Tensor]) -> list[Act
     """
     gated = [site for site in sites if site.gate is not None]
     for site in sites:
-        if site.gate is None and (site.slope is not None or site.name == "prelu"):
+        if site.gate is None and site.slope is not None:
             raise ValueError(
                 f"{site.name} has no gate that is open or closed: only ReLU and leaky ReLU have. "
                 'Take the expansion around the reference, mode="relu".'

@@ -408,6 +408,8 @@ def test_what_has_no_gate_is_expanded_under_the_given_ones():
     draws = torch.bernoulli(torch.full_like(tape.sites[0].gate, 0.5))
     given = gates(tape.sites, [draws])
     assert [site is None for site in given] == [False, True, True]
+    with pytest.raises(ValueError, match=r"some sites have no gate.*RecordActivations"):
+        ReplayActivations(given)
     with RecordActivations(given) as again, torch.no_grad():
         found = net(x)
     expected = net[4](F.max_pool2d(draws * net[0](x), 2).flatten(1))

@@ -156,6 +156,20 @@ def test_its_curvature_at_the_reference_is_the_gauss_newton_matrix(name):
     assert found == pytest.approx(expected, rel=1e-6)
 
 
+def test_scaling_a_unit_up_and_its_output_down_in_both_networks_changes_nothing():
+    forward, reference, current, x = build()
+    factors = torch.linspace(0.2, 5.0, 8, dtype=torch.float64)
+
+    def rescaled(p):
+        first = {"0.weight": p["0.weight"] * factors[:, None], "0.bias": p["0.bias"] * factors}
+        return {**p, **first, "2.weight": p["2.weight"] / factors}
+
+    for divergence in DIVERGENCES:
+        expected = gated_distance(forward, reference, current, x, divergence=divergence)
+        found = gated_distance(forward, rescaled(reference), rescaled(current), x, divergence=divergence)
+        assert found.item() == pytest.approx(expected.item(), rel=1e-11)
+
+
 def test_gradients_are_those_of_finite_differences():
     forward, reference, current, x = build(n=5)
     keys = list(current)
