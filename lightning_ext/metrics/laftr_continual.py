@@ -87,7 +87,7 @@ class ContinualMetrics(PreciseMetric):
         super().__init__(**kwargs)
         if num_tasks < 1:
             raise ValueError(f"num_tasks must be at least 1, got {num_tasks}.")
-        given = None if baseline is None else torch.as_tensor(baseline).double()
+        given = None if baseline is None else torch.as_tensor(baseline, dtype=torch.float64)
         if given is not None and (given.shape != (num_tasks,) or not bool(((given >= 0) & (given <= 1)).all())):
             raise ValueError(f"baseline must hold {num_tasks} accuracies in [0, 1], one for each task; got {baseline}.")
         self.num_tasks = num_tasks
