@@ -72,7 +72,14 @@ class ContinualDataModule(ResumableDataModule):
 
     @classmethod
     def permuted(
-        cls, data: Source = "digits", test: Pair | None = None, num_tasks: int = 5, **options: Any
+        cls,
+        data: Source = "digits",
+        test: Pair | None = None,
+        num_tasks: int = 5,
+        batch_size: int = 32,
+        task: int = 0,
+        num_workers: int = 0,
+        seed: int | None = None,
     ) -> "ContinualDataModule":
         """The same images in every task, with their pixels in another order; all outputs are shared.
 
@@ -82,7 +89,10 @@ class ContinualDataModule(ResumableDataModule):
             data: training images ``(N, ...)`` and labels ``(N,)``, or ``"digits"``.
             test: the same for testing; not with ``"digits"``, which has its own.
             num_tasks: T, at least 1.
-            options: ``batch_size``, ``task``, ``num_workers`` and ``seed`` of the class.
+            batch_size: as in the class; so are ``task``, ``num_workers`` and ``seed``.
+            task: see there.
+            num_workers: see there.
+            seed: see there.
 
         Raises:
             ValueError: an argument is out of range, or images and labels do not match.
@@ -101,7 +111,7 @@ class ContinualDataModule(ResumableDataModule):
             size = pairs[0][0][0].numel()
             order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
             tasks.append([PermutedImages(*pair, order) for pair in pairs])
-        return cls(tasks, **options)
+        return cls(tasks, batch_size, task, num_workers, seed)
 
     @classmethod
     def split(
@@ -109,7 +119,10 @@ class ContinualDataModule(ResumableDataModule):
         data: Source = "digits",
         test: Pair | None = None,
         classes: int | list[list[int]] = 2,
-        **options: Any,
+        batch_size: int = 32,
+        task: int = 0,
+        num_workers: int = 0,
+        seed: int | None = None,
     ) -> "ContinualDataModule":
         """Disjoint sets of classes, with the outputs of each as its heads; labels keep their numbers.
 
@@ -120,7 +133,10 @@ class ContinualDataModule(ResumableDataModule):
             data: training images ``(N, ...)`` and labels ``(N,)``, or ``"digits"``.
             test: the same for testing; not with ``"digits"``, which has its own.
             classes: how many classes a task has, taken in increasing order, or the classes of each task.
-            options: ``batch_size``, ``task``, ``num_workers`` and ``seed`` of the class.
+            batch_size: as in the class; so are ``task``, ``num_workers`` and ``seed``.
+            task: see there.
+            num_workers: see there.
+            seed: see there.
 
         Raises:
             ValueError: an argument is out of range, or images and labels do not match.
@@ -131,7 +147,8 @@ class ContinualDataModule(ResumableDataModule):
         train, held_out = _pairs(data, test)
         groups = _groups(train[1], classes)
         parts = ([_only(pair, group) for pair in (train, held_out)] for group in groups)
-        return cls([(*part, _index(group)) for part, group in zip(parts, groups, strict=True)], **options)
+        tasks = [(*part, _index(group)) for part, group in zip(parts, groups, strict=True)]
+        return cls(tasks, batch_size, task, num_workers, seed)
 
     @classmethod
     def domain_split(
@@ -139,7 +156,10 @@ class ContinualDataModule(ResumableDataModule):
         data: Source = "digits",
         test: Pair | None = None,
         classes: int | list[list[int]] = 2,
-        **options: Any,
+        batch_size: int = 32,
+        task: int = 0,
+        num_workers: int = 0,
+        seed: int | None = None,
     ) -> "ContinualDataModule":
         """Disjoint sets of classes that share their outputs: the label is the class's place in its set.
 
@@ -149,7 +169,10 @@ class ContinualDataModule(ResumableDataModule):
             data: training images ``(N, ...)`` and labels ``(N,)``, or ``"digits"``.
             test: the same for testing; not with ``"digits"``, which has its own.
             classes: how many classes a task has, at least 2, taken in increasing order, or the classes of each task.
-            options: ``batch_size``, ``task``, ``num_workers`` and ``seed`` of the class.
+            batch_size: as in the class; so are ``task``, ``num_workers`` and ``seed``.
+            task: see there.
+            num_workers: see there.
+            seed: see there.
 
         Raises:
             ValueError: an argument is out of range, or images and labels do not match.
@@ -161,7 +184,8 @@ class ContinualDataModule(ResumableDataModule):
         groups = _groups(pairs[0][1], classes)
         if min(map(len, groups)) < 2:
             raise ValueError(f"classes must give each task two classes or more to tell apart; got {groups}.")
-        return cls([[_only(pair, group, renumber=True) for pair in pairs] for group in groups], **options)
+        tasks = [[_only(pair, group, renumber=True) for pair in pairs] for group in groups]
+        return cls(tasks, batch_size, task, num_workers, seed)
 
     @property
     def num_tasks(self) -> int:
@@ -240,7 +264,8 @@ def _dataset(place: int, name: str, part: Any) -> Dataset[Any]:
         if not all(isinstance(tensor, Tensor) for tensor in part) or len({len(tensor) for tensor in part}) != 1:
             raise ValueError(f"{name} of task {place} must be a dataset, or a tuple of tensors of equal length.")
         part = TensorDataset(*part)
-    if not hasattr(part, "__getitem__") or not hasattr(part, "__len__") or len(part) == 0:
+    indexable = hasattr(part, "__getitem__") and hasattr(part, "__len__") and not isinstance(part, Tensor)
+    if not indexable or len(part) == 0:
         raise ValueError(
             f"{name} of task {place} must be a dataset with positions and at least one sample; got {part!r:.80}."
         )

@@ -4,7 +4,14 @@ import torch
 from torch.utils.data import DataLoader
 
 from lightning_ext import callbacks, data, metrics, modules, nn
-from tests.conformance import components, curvature_batches, influence_batches, influence_responses, toys
+from tests.conformance import (
+    components,
+    continual_batches,
+    curvature_batches,
+    influence_batches,
+    influence_responses,
+    toys,
+)
 from tests.conformance.entry import Entry
 
 NOT_COMPONENTS = {
@@ -254,10 +261,46 @@ _DATA = [
         networks=("encoder", "decoder"),
         recipe="mrvae",
         skip={"ddp_equals_one_process": "Lightning shards its loaders with a shuffling sampler of its own"},
-    )
+    ),
+    Entry(
+        ["ContinualDataModule"],
+        "data",
+        lambda: data.ContinualDataModule.permuted(num_tasks=3, batch_size=16, task=1),
+        other=lambda: data.ContinualDataModule.domain_split(batch_size=8),
+        module=components.digits_vae,
+        networks=("encoder", "decoder"),
+        skip={
+            "ddp_equals_one_process": "Lightning shards its loaders with a shuffling sampler of its own",
+            "cli_recipe": "tests/data/test_continual.py builds every scenario on the command line",
+        },
+    ),
 ]
 
 _METRICS = [
+    Entry(
+        ["FunctionSpaceDistance"],
+        "metric",
+        metrics.FunctionSpaceDistance,
+        other=lambda: metrics.FunctionSpaceDistance("mse"),
+        batches=continual_batches.outputs,
+        reference=continual_batches.distance_reference,
+    ),
+    Entry(
+        ["LAFTRStatistics"],
+        "metric",
+        lambda: metrics.LAFTRStatistics([3], num_groups=2),
+        other=lambda: metrics.LAFTRStatistics([3], num_groups=2, covariance="diag"),
+        batches=continual_batches.grouped_inputs,
+        reference=continual_batches.groups_reference,
+    ),
+    Entry(
+        ["ContinualMetrics"],
+        "metric",
+        lambda: metrics.ContinualMetrics(continual_batches.TASKS),
+        other=lambda: metrics.ContinualMetrics(continual_batches.TASKS, baseline=[0.3, 0.3]),
+        batches=continual_batches.tested_tasks,
+        reference=continual_batches.matrix_reference,
+    ),
     Entry(
         ["RateDistortionCurve"],
         "metric",
