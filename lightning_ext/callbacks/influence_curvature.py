@@ -22,7 +22,7 @@ from lightning_ext.functional import (
     map_tensors,
     seeded_generator,
 )
-from lightning_ext.modules._influence_data import digest
+from lightning_ext.modules._influence_identity import digest
 
 __all__ = ["CurvatureCollector"]
 

@@ -19,7 +19,7 @@ from lightning_ext.functional.apo_preconditioner import (
     preconditioner_gradients,
     rotate_gradient,
 )
-from lightning_ext.functional.batches import batch_size, concatenate, differentiable, map_tensors, select
+from lightning_ext.functional.batches import batch_size, concatenate, differentiable, map_tensors, select, select_traced
 from lightning_ext.functional.counter_rng import fold_in, seeded_generator
 from lightning_ext.functional.curvature import EmpiricalFisherOperator, GGNOperator, HessianOperator
 from lightning_ext.functional.curvature_operator import CurvatureOperator
@@ -286,6 +286,7 @@ __all__ = [
     "secant_log_step",
     "seeded_generator",
     "select",
+    "select_traced",
     "self_influence",
     "sequential_layers",
     "sgd_log_step",

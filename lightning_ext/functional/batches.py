@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["batch_size", "concatenate", "differentiable", "map_tensors", "select"]
+__all__ = ["batch_size", "concatenate", "differentiable", "map_tensors", "select", "select_traced"]
 
 T = TypeVar("T")
 
@@ -116,6 +116,41 @@ def select(batch: T, index: Tensor | Sequence[int]) -> T:
         if _per_sample(leaf, size):
             return type(leaf)(leaf[i] for i in rows.tolist())
         return leaf
+
+    result: T = _map(choose, batch)
+    return result
+
+
+class _UnreadableList(Sequence[Any]):
+    """Stands for a list with an entry per sample where nobody can say which samples are looked at."""
+
+    def _refuse(self, *args: Any) -> Any:
+        raise ValueError(
+            "the module reads a list with one entry per sample, and its gradients are taken for all samples at once. "
+            "Put what it needs into a tensor."
+        )
+
+    __getitem__ = __len__ = __iter__ = __contains__ = _refuse
+
+
+def select_traced(batch: T, index: Tensor) -> T:
+    """Return the samples at ``index``, ``(b,)``, within ``torch.func.vmap``, where numbers cannot be read.
+
+    Lists with an entry per sample refuse to be read in the result.
+
+    Raises:
+        ValueError: As :func:`batch_size` does; and where such a list is read.
+
+    >>> torch.func.vmap(lambda i: select_traced(torch.tensor([5, 6]), i.reshape(1)))(torch.tensor([1, 0]))
+    tensor([[6],
+            [5]])
+    """
+    size = batch_size(batch)
+
+    def choose(leaf: Any, _: str) -> Any:
+        if isinstance(leaf, Tensor):
+            return leaf[index] if leaf.ndim else leaf
+        return _UnreadableList() if _per_sample(leaf, size) else leaf
 
     result: T = _map(choose, batch)
     return result

@@ -51,7 +51,7 @@ class _OutputShare:
         self._rows_seen += len(rows)
         if self._by_layers and len(rows) >= _LEAST_BLOCK and self._rows_seen >= 2 * self._columns:
             if self._layers is None:
-                self._layers = self._operator.layer_products(self._batch, self._columns)
+                self._layers = self._affordable(self._operator.layer_products(self._batch, self._columns))
             if self._layers is not None:
                 return self._layers.product(rows)
             self._by_layers = False
@@ -59,6 +59,9 @@ class _OutputShare:
         parts = torch.split(rows, max(1, _BLOCK_BYTES // max(1, y.numel() * y.element_size())))
         products = [linearized.vjp(self._operator.between(y, t, linearized.jvp(part))) for part in parts]
         return products[0] if len(products) == 1 else torch.cat(products)
+
+    def _affordable(self, layers: LayerProducts | None) -> LayerProducts | None:
+        return layers if layers is not None and self._operator.affords(self, layers.nbytes) else None
 
 
 class _ThroughOutputs(CurvatureOperator):

@@ -178,10 +178,17 @@ class CurvatureOperator(ABC):
         return share
 
     def _keep(self, number: int, share: Share) -> None:
-        if number == len(self._cache) and self._cache_left > 0:
+        if number == len(self._cache) and share.nbytes <= self._cache_left:
             self._cache_left -= share.nbytes
-            if self._cache_left >= 0:
-                self._cache.append(share)
+            self._cache.append(share)
+
+    def affords(self, share: Share, nbytes: int) -> bool:
+        """Whether a share may hold so many more bytes; one that is kept takes them from the cache."""
+        if any(kept is share for kept in self._cache):
+            if nbytes > self._cache_left:
+                return False
+            self._cache_left -= nbytes
+        return True
 
     def _changed(self, number: int) -> ValueError:
         return ValueError(

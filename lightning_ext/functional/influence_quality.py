@@ -178,7 +178,7 @@ def mislabel_detection(suspicion: Tensor, is_flipped: Tensor, fraction: float = 
     With :math:`f(u)` the share of the flipped samples found after a share u of all samples was inspected, and p the
     share of flipped samples: a random order has :math:`f(u) = u`, a perfect one :math:`\min(u / p, 1)`. The recall is
     f at ``fraction``. Samples of equal suspicion are taken in random order and counted in expectation: the curve is a
-    straight line across them, and nothing depends on the order in which samples come.
+    straight line across them (one step for the average precision), and nothing depends on the order of the samples.
 
     Args:
         suspicion: ``(N,)``, finite, larger for samples to inspect earlier: self-influence, or the training loss.

@@ -53,6 +53,10 @@ class GradientBlock(ABC):
     def sample(self) -> Tensor:
         """Any tensor of the gradients' dtype and device."""
 
+    def is_finite(self) -> bool:
+        """Whether all of what the gradients are made of is; a large sum may overflow, look closer then."""
+        return bool(self.sample().sum().isfinite())
+
     def chunks(self, budget: int | None = None) -> Iterator[slice]:
         """Ranges of samples whose gradients, written out, take ``budget`` bytes; by default they fit a core's cache."""
         width = sum(part.stop - part.start for part in self.slices)
@@ -165,6 +169,10 @@ class OuterProducts(GradientBlock):
     def bias_rows(self) -> Tensor:
         """The gradients of the bias, ``(B, G * P)``."""
         return self.g.sum(2).transpose(0, 1).flatten(1)
+
+    def is_finite(self) -> bool:
+        """Whether inputs and output gradients are."""
+        return super().is_finite() and (not self.weight or bool(self.a.sum().isfinite()))
 
     def explicit(self) -> tuple[Tensor, ...]:
         """The gradients, ``(B, d)`` for each slice."""

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_ext.functional.batches import batch_size, differentiable, map_tensors, select
+from lightning_ext.functional.batches import batch_size, differentiable, select, select_traced
 from lightning_ext.functional.counter_rng import seeded_generator
 from lightning_ext.functional.influence_objective import InfluenceObjective, evaluating
 from lightning_ext.functional.layer_gradients import ExplicitRows, LayerGradients, pieces
@@ -55,7 +55,7 @@ def per_sample_gradients(
     indices = torch.arange(batch_size(batch), device=device)
 
     def of(index: Tensor) -> dict[str, Tensor]:
-        sample = map_tensors(lambda leaf: leaf[index.reshape(1)] if leaf.ndim else leaf, batch)
+        sample = select_traced(batch, index.reshape(1))
         result: dict[str, Tensor] = gradient(parameters, sample)
         return result
 
@@ -239,7 +239,7 @@ class SampleGradients:
         """Raise where a sample alone has another gradient than the layers say."""
         recorder, last = self.recorder, len(outputs) - 1
         shapes = recorder.shapes
-        if shapes in self._checked or last == 0 or not recorder.recorded or not outputs.requires_grad:
+        if shapes in self._checked or not recorder.recorded or not outputs.requires_grad:
             return
         cotangent = torch.randn(outputs.shape, generator=seeded_generator(0)).to(outputs)
         try:
@@ -275,7 +275,7 @@ def _eager(view: ParameterView) -> contextlib.AbstractContextManager[Any]:
 
 
 def _refuse_non_finite(gradients: LayerGradients) -> None:
-    if all(bool(block.sample().sum().isfinite()) for block in gradients.blocks):
+    if all(block.is_finite() for block in gradients.blocks):
         return
     bad = gradients.norms().isfinite().logical_not().nonzero().flatten().tolist()
     if bad:

@@ -274,7 +274,8 @@ class MislabelDetection(ConcatenatingMetric):
     - ``prevalence``: share of flipped samples;
     - ``inspected``, ``found``: the detection curve, ``(J,)`` each, fractions of all and of the flipped samples.
 
-    Equal suspicions count in expectation over their orders. What cannot be had (none or all flipped) is NaN, with a
+    Equal suspicions count in expectation over their orders (for the average precision, as one step). What cannot be had
+    (none or all flipped) is NaN, with a
     warning.
 
     Args:

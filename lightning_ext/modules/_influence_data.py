@@ -1,6 +1,5 @@
 """A data set in its own order, shared out over ranks, as batches with the positions of their samples."""
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence, Sized
 from typing import Any
 
@@ -78,14 +77,3 @@ class Shard:
                 f"Samples must lie in 0 to {self.num_samples - 1}, at least one; got {list(indices)[:20]}."
             )
         return self._move(next(iter(self._loader(list(indices), batch_size=len(indices)))))
-
-
-def digest(*parts: Any) -> str:
-    """A short name of the exact values of all tensors in the parts."""
-    found = hashlib.sha256()
-
-    def add(tensor: Tensor) -> None:
-        found.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-
-    apply_to_collection(parts, Tensor, add)
-    return found.hexdigest()[:16]

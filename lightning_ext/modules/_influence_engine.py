@@ -2,8 +2,8 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import math
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -27,7 +27,8 @@ from lightning_ext.functional import (
     select,
     self_influence,
 )
-from lightning_ext.modules._influence_data import Shard, digest
+from lightning_ext.modules._influence_data import Shard
+from lightning_ext.modules._influence_identity import described, digest, sum_of_digests
 from lightning_ext.modules._influence_inverse import (
     BLOCK_BYTES,
     BLOCKS,
@@ -122,10 +123,15 @@ class Engine:
         return {
             **options,
             "num_samples": self.num_samples,
-            "objective": re.sub(" at 0x[0-9a-f]+", "", repr(self.objective)),
+            "objective": hashlib.sha256(described(self.objective).encode()).hexdigest()[:16],
+            "module": hashlib.sha256(repr(self.base).encode()).hexdigest()[:16],
             "parameters": state_of(self.base),
-            "data": digest(self.shard.get(range(min(8, self.num_samples)))),
+            "data": self._data(),
         }
+
+    def _data(self) -> str:
+        mine = sum(sum_of_digests(positions, batch) for positions, batch in self.shard.indexed())
+        return f"{int(self._sum(torch.tensor(mine, device=self.view.device))):x}"
 
     @contextlib.contextmanager
     def naming(self, batches: Iterable[tuple[Tensor, Any]] | None = None) -> Iterator[None]:

@@ -1,6 +1,7 @@
 """The ways to multiply by an inverse curvature, behind one call: rows in, solved rows and a report out."""
 
 import dataclasses
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ext.functional import (
+    ConvergenceWarning,
     CurvatureOperator,
     EmpiricalFisherOperator,
     GGNOperator,
@@ -183,9 +185,25 @@ class NormalConjugateGradients(Inverse):
     collective = True
 
     def solve(self, rows: Tensor) -> tuple[Tensor, SolveInfo | None]:
-        """Iterate to the tolerance."""
+        """Iterate until the residual of the operator itself, and not only of its square, meets the tolerance."""
         p = self.problem
-        return normal_cg(p.damped, rows, tol=p.tol, max_iterations=p.max_iterations)
+        solved, tol, spent, products = None, p.tol, 0, 0
+        norms = rows.norm(dim=1).clamp(min=torch.finfo(rows.dtype).tiny)
+        while True:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ConvergenceWarning)
+                solved, info = normal_cg(p.damped, rows, tol=tol, max_iterations=p.max_iterations - spent, x0=solved)
+            residual = (rows - p.damped(solved)).norm(dim=1) / norms
+            spent, products = spent + max(1, info.iterations), products + info.products + len(rows)
+            worst = float(residual.max()) if len(rows) else 0.0
+            if worst <= p.tol or spent >= p.max_iterations or tol < torch.finfo(rows.dtype).eps:
+                break
+            tol *= max(0.01, 0.5 * p.tol / worst)
+        found = dataclasses.replace(
+            info, iterations=spent, residual=residual, converged=worst <= p.tol, products=products
+        )
+        found.warn_unless_converged("raise max_iterations, tol or damping")
+        return solved, found
 
 
 class Nystrom(Inverse):
@@ -372,6 +390,6 @@ def build_inverse(method: str, problem: Problem) -> Inverse:
             f"solver={method!r} needs a positive definite operator, which a network's Hessian is not. Use 'normal_cg', "
             "or the curvature 'ggn'."
         )
-    if problem.damping == 0 and method in ("dual", "nystrom", "nystrom_cg"):
+    if problem.damping == 0 and method in ("dual", "nystrom", "nystrom_cg", "lanczos"):
         raise ValueError(f"solver={method!r} divides by the damping; damping and weight_decay are 0.")
     return kind(problem)

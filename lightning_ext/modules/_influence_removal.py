@@ -13,9 +13,9 @@ from lightning_ext.functional import (
     InfluenceObjective,
     ParameterView,
     RemovalTerm,
-    map_tensors,
     removal_gradients,
     removal_losses,
+    select_traced,
 )
 from lightning_ext.modules._influence_data import Shard
 
@@ -79,8 +79,7 @@ def removal_term(
         weights[g, : len(group)] = 1 / shard.num_samples
 
     def function(params: Any, chosen: Tensor) -> Tensor:
-        rows = map_tensors(lambda x: x[chosen] if x.ndim else x, batch)
-        return objective.function(module, view, rows)(params)
+        return objective.function(module, view, select_traced(batch, chosen))(params)
 
     targets = objective.targets(batch)
     return RemovalTerm(function, targets, index.to(view.device), weights.to(view.device))

@@ -7,13 +7,14 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import RandomSampler
+from torch.utils.data import DistributedSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
 from lightning_ext._lightning import LightningModule, MisconfigurationException, refuse_sharded
 from lightning_ext.data import RowStore
 from lightning_ext.functional import InfluenceObjective, ParameterView, batch_size, differentiable
-from lightning_ext.modules._influence_data import Shard, digest, plain
+from lightning_ext.modules._influence_data import Shard, plain
 from lightning_ext.modules._influence_engine import Engine, Options, state_of
+from lightning_ext.modules._influence_identity import digest
 
 __all__ = ["InfluenceModule"]
 
@@ -21,6 +22,9 @@ Solver = Literal[
     "auto", "direct", "dual", "block_cg", "nystrom_cg", "cg", "normal_cg", "nystrom", "lanczos", "neumann", "lissa",
     "ekfac", "kfac", "trak", "identity",
 ]  # fmt: skip
+
+
+_DRAWING = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler, DistributedSampler)
 
 
 class InfluenceModule(LightningModule):
@@ -32,6 +36,8 @@ class InfluenceModule(LightningModule):
     the change of measurement m when z is removed, to first order in the proximal Bregman objective (what damped
     influence estimates in a network; Bae et al. 2022). **Positive: removing z raises m; for a loss, z is helpful.**
     G is the Gauss-Newton matrix over the loader's whole data set; it is read in order, whatever the loader's order.
+    What was prepared for a data set serves until the module's parameters or the data set object change; samples that
+    are overwritten in place go unnoticed, so make a new module for them.
 
     ``trainer.predict(influence, train_loader)`` first solves for the queries, then gives for each batch a dict:
     ``"scores"``, ``(Q, B)`` in the measurement's units (``(1, B)`` with ``mode="self"``), and ``"indices"``, ``(B,)``,
@@ -333,10 +339,11 @@ class InfluenceModule(LightningModule):
     def _gradients_of_queries(self, engine: Engine) -> Tensor:
         if self.queries is None:
             raise ValueError("queries is None: give InfluenceModule the batches at which the measurement is taken.")
-        if isinstance(getattr(getattr(self.queries, "batch_sampler", None), "sampler", None), RandomSampler):
+        sampler = getattr(getattr(self.queries, "batch_sampler", None), "sampler", None)
+        if isinstance(sampler, _DRAWING):
             raise MisconfigurationException(
-                "The queries' loader shuffles, which leaves nobody to say whose row of the scores is whose. Use "
-                "shuffle=False."
+                f"The queries' loader draws its samples ({type(sampler).__name__}), which leaves nobody to say whose "
+                "row of the scores is whose. Use shuffle=False and no sampler."
             )
         batches = [plain(batch, engine.view.device, engine.view.dtype) for batch in self.queries]
         self._asked = digest(batches)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_ext.functional import batch_size, concatenate, differentiable, map_tensors, select
+from lightning_ext.functional import batch_size, concatenate, differentiable, map_tensors, select, select_traced
 
 Pair = namedtuple("Pair", "x y")
 
@@ -117,3 +117,18 @@ def test_autograd_works_inside_differentiable(around):
     ordinary = torch.ones(2)
     with differentiable(ordinary) as plain:
         assert plain is ordinary
+
+
+def test_under_vmap_samples_are_chosen_and_lists_per_sample_refuse_to_be_read():
+    batch = {"x": torch.tensor([5.0, 6.0, 7.0]), "unit": torch.tensor(2.0), "name": ["a", "b", "c"], "note": "plain"}
+
+    def chosen(index):
+        sample = select_traced(batch, index)
+        assert sample["note"] == "plain"
+        return sample["x"] * sample["unit"]
+
+    index = torch.tensor([[2, 0], [1, 1]])
+    assert torch.equal(torch.func.vmap(chosen)(index), batch["x"][index] * 2)
+    for read in (list, len, lambda names: names[0], lambda names: "a" in names):
+        with pytest.raises(ValueError, match=r"a list with one entry per sample.*into a tensor"):
+            read(select_traced(batch, torch.tensor([0]))["name"])

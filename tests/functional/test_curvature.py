@@ -482,3 +482,16 @@ def test_batches_joined_are_the_same_operator():
     torch.testing.assert_close(
         GGNOperator(module, objective, [concatenate(pieces)]).dense(), GGNOperator(module, objective, pieces).dense()
     )
+
+
+def test_what_is_kept_stays_within_the_cache_when_blocks_of_rows_come():
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4)).eval()
+    batches = [(torch.randn(16, 32), torch.randint(0, 4, (16,))) for _ in range(5)]
+    free = GGNOperator(module, InfluenceObjective(), batches)
+    bound = GGNOperator(module, InfluenceObjective(), batches, cache_bytes=2**17)
+    rows = torch.randn(9, free.size)
+    for _ in range(3):
+        torch.testing.assert_close(bound(rows), free(rows), rtol=1e-4, atol=1e-5)
+    held = [sum(share.nbytes for share in operator._cache) for operator in (bound, free)]
+    assert 0 < held[0] <= 2**17 < held[1]

@@ -128,7 +128,7 @@ class TestTheCheck:
         gradients = SampleGradients(module, InfluenceObjective())
         for n in (5, 5, 1, 3, 5):
             gradients(samples(n))
-        assert module.sizes == [5, 1, 5, 1, 3, 1, 5]
+        assert module.sizes == [5, 1, 5, 1, 1, 3, 1, 5]
 
     @pytest.mark.parametrize("name", ["interleaved", "outside"])
     def test_a_fallback_is_for_good_and_right(self, name):
