@@ -114,7 +114,7 @@ def forgetting(accuracy: Tensor) -> Tensor:
     if len(earlier) == 0:
         return accuracy.new_tensor(torch.nan)
     before = torch.ones_like(earlier, dtype=torch.bool).triu(1)
-    best = torch.where(earlier.isnan(), -torch.inf, earlier).amax(0)
+    best = torch.where(before & earlier.isnan(), -torch.inf, earlier).amax(0)
     return (best - accuracy[-1, :-1]).mean()
 
 
