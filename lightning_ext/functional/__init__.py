@@ -79,7 +79,6 @@ from lightning_ext.functional.laftr_continual import (
 from lightning_ext.functional.laftr_hessians import class_hessians
 from lightning_ext.functional.laftr_mean_gate import mean_gate_distance, mean_gate_moments
 from lightning_ext.functional.laftr_moments import OutputMoments, ReferenceMoments, joint_moments, moment_distance
-from lightning_ext.functional.laftr_pool import pooled_distance, pooled_inputs
 from lightning_ext.functional.layer_gradients import ExplicitRows, GradientBlock, LayerGradients, OuterProducts
 from lightning_ext.functional.layer_products import LayerFactors, LayerProducts
 from lightning_ext.functional.layer_recorder import LayerRecorder, RecordedLayer
@@ -270,8 +269,6 @@ __all__ = [
     "output_loss",
     "pareto_front",
     "per_sample_gradients",
-    "pooled_distance",
-    "pooled_inputs",
     "power_iteration",
     "preconditioner_gradients",
     "random_subsets",
