@@ -43,28 +43,37 @@ def _octets(rows: Tensor) -> Any:
     return rows.detach().cpu().contiguous().view(torch.uint8).numpy()
 
 
-def described(value: Any, within: tuple[int, ...] = ()) -> str:
-    """What a value is, by contents: a function by its code and what it holds on to, not by its name or address."""
-    if id(value) in within:
-        return "itself"
+def described(value: Any, seen: set[int] | None = None) -> str:
+    """What a value is, by contents: a function by its code and what it reads, not by its name or address."""
+    seen = set() if seen is None else seen
+    if isinstance(value, types.FunctionType | nn.Module) or hasattr(value, "__dict__"):
+        if id(value) in seen:
+            return "seen"
+        seen.add(id(value))
     label, parts = _contents(value)
-    inner = ", ".join(described(part, (*within, id(value))) for part in parts)
+    inner = ", ".join(described(part, seen) for part in parts)
     return f"{label}({inner})" if inner else label
 
 
 @functools.singledispatch
 def _contents(value: Any) -> tuple[str, Iterable[Any]]:
-    if hasattr(value, "__dict__") and not isinstance(value, type):
+    if isinstance(value, type | types.ModuleType):
+        return f"{type(value).__name__} {value.__name__}", ()
+    if hasattr(value, "__dict__"):
         return type(value).__qualname__, vars(value).items()
     return re.sub(" at 0x[0-9a-f]+", "", repr(value)), ()
 
 
 @_contents.register(list)
 @_contents.register(tuple)
+def _(value: Any) -> tuple[str, Iterable[Any]]:
+    return type(value).__name__, value
+
+
 @_contents.register(set)
 @_contents.register(frozenset)
 def _(value: Any) -> tuple[str, Iterable[Any]]:
-    return type(value).__name__, value
+    return type(value).__name__, sorted(map(repr, value))  # hash order is that of a process
 
 
 @_contents.register
@@ -90,7 +99,8 @@ def _(value: types.CodeType) -> tuple[str, Iterable[Any]]:
 @_contents.register
 def _(value: types.FunctionType) -> tuple[str, Iterable[Any]]:
     held = [cell.cell_contents for cell in value.__closure__ or ()]
-    return "function", [value.__code__, *held, value.__defaults__, value.__kwdefaults__]
+    read = [value.__globals__[name] for name in value.__code__.co_names if name in value.__globals__]
+    return "function", [value.__code__, *held, value.__defaults__, value.__kwdefaults__, *read]
 
 
 @_contents.register

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset, Wei
 from lightning_ext._lightning import MisconfigurationException
 from lightning_ext.functional import ConvergenceWarning, InfluenceObjective
 from lightning_ext.modules import InfluenceModule
+from lightning_ext.modules._influence_identity import described
 from tests.modules import influence_reference as ref
 from tests.modules.influence_reference import N, classes, loader, network, predict
 
@@ -75,6 +76,34 @@ def test_functions_are_known_by_what_they_do(name, tmp_path):
     predict(stored(tmp_path, one()), loader(classes()))  # the same text, another object
     with pytest.raises(ValueError, match=r"objective: now.*Choose another folder"):
         predict(stored(tmp_path, other()), loader(classes()))
+
+
+def through_a_module(power):
+    import torch.nn.functional as functional
+
+    return lambda y, t: functional.softmax(y, 1)[:, 0] ** power
+
+
+def test_functions_that_hold_modules_sets_or_themselves_are_described_at_once():
+    def again(n):
+        return again(n - 1) if n else {"alpha", "beta", "gamma"}
+
+    assert described(through_a_module(2)) == described(through_a_module(2))
+    assert described(through_a_module(2)) != described(through_a_module(3))
+    assert described(again).count("alpha") == 1
+    assert described({"alpha", "beta"}) == described({"beta", "alpha"})
+
+
+SCALE = 1.0
+
+
+def test_what_a_function_reads_is_part_of_it(monkeypatch):
+    def reading(module, batch):
+        return SCALE * module(batch[0])
+
+    before = described(reading)
+    monkeypatch.setitem(globals(), "SCALE", 2.0)
+    assert described(reading) != before
 
 
 def test_another_network_with_the_same_parameters_is_another(tmp_path):
