@@ -1,5 +1,9 @@
 """Layers and model parts: plain ``torch.nn.Module``."""
 
+from lightning_ext.nn.laftr import FunctionSpaceEstimator, MeanDistance
+from lightning_ext.nn.laftr_baselines import CoresetEstimator, FullDataEstimator, NTKEstimator
+from lightning_ext.nn.laftr_estimator import LAFTREstimator
+from lightning_ext.nn.laftr_fisher import EWCEstimator, KFACEstimator, L2Estimator, function_space_estimator
 from lightning_ext.nn.mlp import MLP
 from lightning_ext.nn.mrvae import LogUniformBeta, RateContext
 from lightning_ext.nn.mrvae_convert import (
@@ -21,13 +25,22 @@ from lightning_ext.nn.mrvae_nets import (
 
 __all__ = [
     "MLP",
+    "CoresetEstimator",
+    "EWCEstimator",
+    "FullDataEstimator",
+    "FunctionSpaceEstimator",
     "GatedFiLM",
+    "KFACEstimator",
+    "L2Estimator",
+    "LAFTREstimator",
     "LadderDecoder",
     "LadderEncoder",
     "LogUniformBeta",
     "LogVarianceGate",
     "MLPDecoder",
     "MLPEncoder",
+    "MeanDistance",
+    "NTKEstimator",
     "PosteriorGate",
     "RateConditioner",
     "RateContext",
@@ -38,6 +51,7 @@ __all__ = [
     "convert_to_multirate",
     "dry_run",
     "fold",
+    "function_space_estimator",
     "posterior_parameters",
     "reconstruction_parameters",
 ]

@@ -1,0 +1,344 @@
+"""Estimates of how far a network's outputs on past data have moved, from what was kept of the data."""
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from lightning_ext.functional import evaluating, output_divergence, seeded_generator
+
+__all__ = ["FunctionSpaceEstimator", "MeanDistance"]
+
+Heads = slice | Tensor | Sequence[int]
+Reduce = Callable[[Tensor], Tensor]
+
+
+class _Call(nn.Module):
+    """A module whose call is ``forward(module, x)``, so that functional_call swaps what it holds."""
+
+    def __init__(self, module: nn.Module, forward: Callable[[Any, Any], Tensor]) -> None:
+        super().__init__()
+        self.module, self._function = module, forward
+
+    def forward(self, x: Any) -> Tensor:
+        return self._function(self.module, x)
+
+
+def _plain_call(module: Any, x: Any) -> Tensor:
+    outputs: Tensor = module(x)
+    return outputs
+
+
+class FunctionSpaceEstimator(nn.Module):
+    r"""Estimates :math:`D(\theta_0, \theta_1) = \mathbb E_x\, \rho(f(x; \theta_0), f(x; \theta_1))` without the data.
+
+    ``fit(module, batches)`` takes the module as the reference :math:`\theta_0` and keeps what it needs of the data;
+    ``distance(module)`` is the estimate for the module as it then is, differentiable in its parameters. The module runs
+    in eval mode on the side; modes, buffers and torch's random state are left alone.
+
+    What is kept is no parameter and no buffer: it moves with ``.to(device)`` but keeps its dtype, and stands in
+    ``state_dict`` as tensors and plain values, from which an estimator that was never fitted can be restored.
+
+    To write another estimator, implement ``_fit`` and ``_distance``.
+
+    Args:
+        divergence: :math:`\rho`: ``"kl"`` of the softmaxes, reference first, in nats; ``"mse"``, half the squared
+            distance summed over outputs; ``"softmax_l2"``, half the squared distance of the softmaxes.
+        forward: ``(module, x) -> outputs`` ``(B, ..., C)``, classes last. Default ``module(x)``.
+        inputs: the network's inputs x in a batch: a key, or a function of the batch. Default ``batch[0]``, or the batch
+            where it is a tensor.
+        target: the targets in a batch, likewise. Default ``batch[1]``.
+        seed: of all draws.
+
+    Raises:
+        ValueError: For another divergence.
+
+    Source: Dhawan, Huang, Bae & Grosse 2023 (arXiv:2302.03519).
+    """
+
+    def __init__(
+        self,
+        *,
+        divergence: str = "kl",
+        forward: Callable[[Any, Any], Tensor] | None = None,
+        inputs: str | Callable[[Any], Any] | None = None,
+        target: str | Callable[[Any], Tensor] | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        output_divergence(torch.zeros(1, 2), torch.zeros(1, 2), divergence)  # knows the names
+        self.divergence, self.inputs, self.target, self.seed = divergence, inputs, target, seed
+        self._forward = _plain_call if forward is None else forward
+        self._reference: dict[str, Tensor] = {}
+        self._kept: dict[str, Tensor] = {}
+        self._facts: dict[str, Any] = {}
+        self._draws, self._shared = 0, False
+
+    def extra_repr(self) -> str:
+        """What it measures, and whether it can."""
+        return f"divergence={self.divergence!r}, fitted={self.fitted}"
+
+    # -- what a user calls -------------------------------------------------------------------------------------------
+
+    @property
+    def fitted(self) -> bool:
+        """Whether there is a reference."""
+        return bool(self._reference)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are kept; a reference that is shared with another estimator counts there."""
+        held = [*self._kept.values(), *(() if self._shared else self._reference.values())]
+        return sum(tensor.nbytes for tensor in held)
+
+    @torch.no_grad()
+    def fit(
+        self, module: nn.Module, batches: Iterable[Any], *, heads: Heads | None = None, reduce: Reduce | None = None
+    ) -> Self:
+        """Take the module as reference, and go through the data once.
+
+        Args:
+            module: the trained network.
+            batches: all of the data, each sample once, on the module's device; over several ranks each rank's share.
+            heads: which outputs count, an index into their last dimension. Default all.
+            reduce: sums a tensor over ranks; called alike on each. Default: there is one rank.
+
+        Returns:
+            The estimator.
+
+        Raises:
+            ValueError: If there is no batch, a batch does not fit, or inputs are not finite.
+            TypeError: If inputs are not floating where moments are taken of them.
+        """
+        self._facts = {"heads": _plain_heads(heads)}
+        self._kept, self._draws, self._shared = {}, 0, False
+        names = [*module.named_parameters(), *module.named_buffers()]
+        with self._quiet(module):
+            self._reference = {name: tensor.detach().clone() for name, tensor in names}
+            try:
+                self._fit(module, batches, reduce)
+            except BaseException:
+                self._reference, self._kept = {}, {}
+                raise
+        self._forget()
+        return self
+
+    def distance(self, module: nn.Module) -> Tensor:
+        """The estimate for a module as it is.
+
+        Args:
+            module: of the reference's architecture. Layers may have got further outputs, at their end (a new head): the
+                outputs that the reference has are compared.
+
+        Returns:
+            A scalar, float32 or wider, in nats for ``"kl"``, else in squared units of the outputs; differentiable in
+            the module's parameters.
+
+        Raises:
+            RuntimeError: Before ``fit``.
+            ValueError: If parameters of the reference are missing or have other shapes; the message names them.
+        """
+        self._require_fitted()
+        self._require_same(module)
+        with self._quiet(module):
+            found = self._distance(module)
+        self._draws += 1
+        return found
+
+    def outputs(self, module: nn.Module, batch: Any) -> Tensor:
+        """The outputs of a batch, as they are compared, before the choice of heads."""
+        return self._forward(module, self.inputs_of(batch))
+
+    def reseed(self, address: int) -> None:
+        """Let the next distances draw from the stream at ``address``, whatever was drawn before."""
+        self._draws = address
+
+    # -- several tasks ------------------------------------------------------------------------------------------------
+
+    def absorb(self, other: "FunctionSpaceEstimator") -> None:
+        """Add what another estimator of an earlier task keeps to one's own; one's own reference stays."""
+        raise NotImplementedError(f"{type(self).__name__} cannot merge two tasks: use consolidate='all' or 'last'.")
+
+    def share_reference(self, newer: "FunctionSpaceEstimator") -> None:
+        """Refer to the weights of another estimator from now on, and keep no copy."""
+        self._require_fitted()
+        self._reference, self._shared = newer._reference, True
+        self._forget()
+
+    @classmethod
+    def pool(cls, estimators: "Sequence[FunctionSpaceEstimator]") -> "FunctionSpaceEstimator":
+        """One estimator for the mean of several distances."""
+        return MeanDistance(estimators)
+
+    # -- for subclasses -----------------------------------------------------------------------------------------------
+
+    def _fit(self, module: nn.Module, batches: Iterable[Any], reduce: Reduce | None) -> None:
+        """Fill ``_kept`` (tensors) and ``_facts`` (plain values); in eval mode, without gradients."""
+        raise NotImplementedError
+
+    def _distance(self, module: nn.Module) -> Tensor:
+        """The estimate, in eval mode."""
+        raise NotImplementedError
+
+    def _forget(self) -> None:
+        """Drop what was derived from ``_kept`` and ``_reference``."""
+
+    @property
+    def heads(self) -> Heads | None:
+        """Which outputs count."""
+        chosen = self._facts.get("heads")
+        return slice(*chosen["slice"]) if isinstance(chosen, dict) else chosen
+
+    def inputs_of(self, batch: Any) -> Any:
+        """The network's inputs in a batch."""
+        return _entry(batch, self.inputs, 0, "inputs")
+
+    def targets_of(self, batch: Any) -> Tensor:
+        """The targets in a batch."""
+        found: Tensor = _entry(batch, self.target, 1, "target")
+        return found
+
+    def run(self, module: nn.Module, values: Mapping[str, Tensor], x: Any) -> Tensor:
+        """Outputs of the module with other parameters and buffers."""
+        named = {f"module.{name}": value for name, value in values.items()}
+        outputs: Tensor = torch.func.functional_call(_Call(module, self._forward), named, (x,))
+        return outputs
+
+    def reference_run(self, module: nn.Module, x: Any) -> Tensor:
+        """Outputs of the reference."""
+        return self.run(module, self.reference_values(module), x)
+
+    def reference_values(self, module: nn.Module) -> dict[str, Tensor]:
+        r""":math:`\theta_0` in the module's dtypes."""
+        now = dict([*module.named_parameters(), *module.named_buffers()])
+        return {name: value.to(now[name].dtype) for name, value in self._reference.items() if name in now}
+
+    def parameters_of(self, module: nn.Module) -> dict[str, Tensor]:
+        r""":math:`\theta_1`: parameters and buffers, cut to the reference's shapes."""
+        now = dict([*module.named_parameters(), *module.named_buffers()])
+        return {name: self._cut(name, value) for name, value in now.items()}
+
+    def _cut(self, name: str, value: Tensor) -> Tensor:
+        kept = self._reference.get(name)
+        return value if kept is None or kept.shape == value.shape else value[: len(kept)]
+
+    def generator(self, device: torch.device) -> torch.Generator:
+        """At the place of this distance in the stream of draws."""
+        return seeded_generator(self.seed, self._draws, device=device)
+
+    def _require_fitted(self) -> None:
+        if not self.fitted:
+            raise RuntimeError(f"{type(self).__name__} has no reference yet: call fit(module, batches) first.")
+
+    def _require_same(self, module: nn.Module) -> None:
+        now = {name: p.shape for name, p in module.named_parameters()}
+        buffers = {name for name, _ in module.named_buffers()}
+        missing = [name for name in self._reference if name not in now and name not in buffers]
+        reshaped = [
+            f"{name}: {tuple(now[name])}, there {tuple(kept.shape)}"
+            for name, kept in self._reference.items()
+            if name in now and not _grown(kept.shape, now[name])
+        ]
+        if missing or reshaped:
+            raise ValueError(
+                f"the module must have the parameters of the reference; missing: {missing[:5]}, of other shape: "
+                f"{reshaped[:5]}. Layers may only get further outputs, behind those that they had."
+            )
+
+    @contextmanager
+    def _quiet(self, module: nn.Module) -> Iterator[None]:
+        compiled = any("_orig_mod" in name for name, _ in module.named_modules())
+        plainly = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+        with evaluating(module), torch.autocast(_weight(module).device.type, enabled=False), plainly:
+            yield
+
+    # -- state --------------------------------------------------------------------------------------------------------
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Tensors and plain values."""
+        return {
+            "reference": dict(self._reference), "kept": dict(self._kept), "facts": copy.deepcopy(self._facts),
+            "draws": self._draws, "shared": self._shared,
+        }  # fmt: skip
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Take it up."""
+        self._reference, self._kept = dict(state["reference"]), dict(state["kept"])
+        self._facts, self._draws, self._shared = copy.deepcopy(state["facts"]), state["draws"], state["shared"]
+        self._forget()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for held in (self._reference, self._kept):
+            for name, tensor in held.items():
+                held[name] = tensor.to(fn(tensor.new_empty(0)).device)
+        self._forget()
+        return self
+
+
+class MeanDistance(FunctionSpaceEstimator):
+    """The mean of several estimators' distances, one after the other; what ``pool`` gives by default.
+
+    Args:
+        estimators: fitted ones.
+    """
+
+    def __init__(self, estimators: Sequence[FunctionSpaceEstimator]) -> None:
+        if not estimators:
+            raise ValueError("estimators must hold at least one.")
+        super().__init__(divergence=estimators[0].divergence)
+        self.estimators = list(estimators)  # a plain list: they belong to someone else
+
+    @property
+    def fitted(self) -> bool:
+        """Whether all are."""
+        return all(estimator.fitted for estimator in self.estimators)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all."""
+        return sum(estimator.nbytes for estimator in self.estimators)
+
+    def distance(self, module: nn.Module) -> Tensor:
+        """The mean."""
+        for number, estimator in enumerate(self.estimators):
+            estimator.reseed(self._draws * len(self.estimators) + number)
+        self._draws += 1
+        return torch.stack([estimator.distance(module) for estimator in self.estimators]).mean()
+
+
+def _weight(module: nn.Module) -> Tensor:
+    for parameter in module.parameters():
+        if parameter.is_floating_point():
+            return parameter
+    raise ValueError("the module has no floating-point parameter.")
+
+
+def _grown(kept: torch.Size, now: torch.Size) -> bool:
+    return kept == now or (len(kept) == len(now) > 0 and kept[1:] == now[1:] and kept[0] < now[0])
+
+
+def _plain_heads(heads: Heads | None) -> Any:
+    if heads is None:
+        return None
+    if isinstance(heads, slice):
+        return {"slice": [heads.start, heads.stop, heads.step]}
+    return [int(index) for index in heads]
+
+
+def _entry(batch: Any, chosen: str | Callable[[Any], Any] | None, place: int, argument: str) -> Any:
+    if callable(chosen):
+        return chosen(batch)
+    if chosen is None and place == 0 and isinstance(batch, Tensor):
+        return batch
+    key: Any = place if chosen is None else chosen
+    try:
+        return batch[key]
+    except (KeyError, IndexError, TypeError) as error:
+        raise ValueError(
+            f"a {type(batch).__name__} has no entry {key!r}: say with {argument}= where the network's {argument} are, "
+            "by a key or a function of the batch."
+        ) from error
