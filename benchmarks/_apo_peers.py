@@ -1,9 +1,8 @@
 """What the APO benchmark trains: an autoencoder, digits, and every optimizer as one step function."""
 
 import contextlib
-import threading
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -89,66 +88,6 @@ class LitAutoencoder(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.make(self.net)
-
-
-def trainer(*callbacks: pl.Callback) -> pl.Trainer:
-    return pl.Trainer(
-        accelerator="cpu", devices=1, max_steps=-1, max_epochs=-1, callbacks=list(callbacks), logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
-
-
-class Turns(pl.Callback):
-    """Lets a fit in a thread of its own go a given number of steps at a time, so that two fits can alternate.
-
-    Each timed call then is training steps alone: neither start-up nor warm-up of the Trainer comes into it.
-    """
-
-    def __init__(self) -> None:
-        self.steps, self.closed, self.error = 0, False, None
-        self._go, self._paused = threading.Semaphore(0), threading.Semaphore(0)
-
-    def on_train_batch_start(self, trainer: pl.Trainer, *args: object) -> int | None:
-        if self.steps == 0:
-            self._paused.release()
-            self._go.acquire()
-        self.steps -= 1
-        if self.closed:
-            trainer.should_stop = True
-            return -1
-        return None
-
-    def _fit(self, module: pl.LightningModule, batches: DataLoader, callbacks: tuple[pl.Callback, ...]) -> None:
-        try:
-            trainer(*callbacks, self).fit(module, batches)
-        except BaseException as error:  # shown to the thread that waits
-            self.error = error
-            self._paused.release()
-
-    def _wait(self) -> None:
-        self._paused.acquire()
-        if self.error is not None:
-            raise self.error
-
-    @contextlib.contextmanager
-    def fitting(
-        self, module: pl.LightningModule, batches: DataLoader, *callbacks: pl.Callback
-    ) -> Iterator[Callable[[int], None]]:
-        """Start the fit; the value runs so many steps of it."""
-        thread = threading.Thread(target=self._fit, args=(module, batches, callbacks), daemon=True)
-        thread.start()
-        self._wait()
-        try:
-            yield self.run
-        finally:
-            self.closed = True
-            self._go.release()
-            thread.join()
-
-    def run(self, steps: int) -> None:
-        self.steps = steps
-        self._go.release()
-        self._wait()
 
 
 def cycling(images: Tensor, batch: int, step: Step) -> Callable[[int], None]:

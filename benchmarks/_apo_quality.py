@@ -20,8 +20,8 @@ from _apo_peers import (
     reconstruction_loss,
     singd_optimizer,
     small_images,
-    trainer,
 )
+from _turns import trainer
 from torch import Tensor, nn
 
 from lightning_ext.callbacks import APOLearningRate, APOPreconditioning

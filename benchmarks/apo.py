@@ -51,7 +51,6 @@ from _apo_peers import (
     LitAutoencoder,
     MissingPeerError,
     Preconditioned,
-    Turns,
     autoencoder,
     cycling,
     loader,
@@ -60,6 +59,7 @@ from _apo_peers import (
     wide_images,
 )
 from _apo_quality import METHODS, Curve, draw, train
+from _turns import fitting
 
 from lightning_ext.benchmark import (
     BenchmarkRow,
@@ -95,8 +95,8 @@ def rate_turns(batch: int, peer: Callable[[torch.nn.Module], torch.optim.Optimiz
         return absent_row(name, peer_name=row["peer_name"], goal=row["goal"], why=str(error))
     ours, theirs = (LitAutoencoder(autoencoder(WIDE), make) for make in (adam, peer))
     with contextlib.ExitStack() as stack:
-        run_ours = stack.enter_context(Turns().fitting(ours, loader(images, batch), rates()))
-        run_theirs = stack.enter_context(Turns().fitting(theirs, loader(images, batch)))
+        run_ours = stack.enter_context(fitting(ours, loader(images, batch), rates()))
+        run_theirs = stack.enter_context(fitting(theirs, loader(images, batch)))
         timing = paired_ratio(
             lambda: run_ours(EVERY), lambda: run_theirs(EVERY),
             repeats=13 if batch < 1000 else 5, warmup=1, clock=time.process_time,
@@ -181,7 +181,7 @@ def trainer_memory(make: Callable, callbacks: Callable[[], list], images: torch.
     net = autoencoder(WIDE)
 
     def run(steps: int) -> None:
-        with Turns().fitting(LitAutoencoder(net, make), loader(images, batch), *callbacks()) as go:
+        with fitting(LitAutoencoder(net, make), loader(images, batch), *callbacks()) as go:
             go(steps)
 
     return extra_memory(run, net, images[:batch])
