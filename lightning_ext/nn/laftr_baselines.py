@@ -29,7 +29,7 @@ class CoresetEstimator(FunctionSpaceEstimator):
 
     Source: Benjamin, Rolnick & Kording 2019 (arXiv:1805.08289); Pan et al. 2020 (arXiv:2004.14070) for ``"lambda"``.
 
-    >>> network = nn.Linear(1, 1)
+    >>> network = nn.Linear(1, 1, bias=False)
     >>> estimator = FullDataEstimator(divergence="mse").fit(network, [torch.tensor([[1.0], [2.0]])])
     >>> with torch.no_grad():
     ...     _ = network.weight.add_(2.0)

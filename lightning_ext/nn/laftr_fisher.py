@@ -6,7 +6,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_ext.functional import InfluenceObjective, KroneckerStatistics, ParameterView, seeded_generator
+from lightning_ext.functional import (
+    InfluenceObjective,
+    KroneckerLayer,
+    KroneckerStatistics,
+    ParameterView,
+    seeded_generator,
+)
 from lightning_ext.nn.laftr import FunctionSpaceEstimator, Reduce
 from lightning_ext.nn.laftr_baselines import CoresetEstimator, FullDataEstimator, NTKEstimator
 from lightning_ext.nn.laftr_estimator import LAFTREstimator
@@ -56,6 +62,7 @@ class _FisherEstimator(FunctionSpaceEstimator):
         if self.divergence not in _LOSSES:
             raise ValueError(f"{type(self).__name__} knows 'kl' and 'mse'; got divergence={self.divergence!r}.")
         self.fisher: Fisher = fisher
+        self._forget()
 
     def _objective(self) -> InfluenceObjective:
         """Of batches ``(x, targets)``, with the outputs that count."""
@@ -65,6 +72,9 @@ class _FisherEstimator(FunctionSpaceEstimator):
             return outputs if self.heads is None else outputs[..., self.heads]
 
         return InfluenceObjective(_LOSSES[self.divergence], forward=chosen)
+
+    def _forget(self) -> None:
+        self._layout: tuple[tuple[KroneckerLayer, ...], tuple[slice, ...]] | None = None
 
     def _statistics(self, module: nn.Module) -> KroneckerStatistics:
         view = ParameterView(module)
@@ -186,14 +196,17 @@ class KFACEstimator(_FisherEstimator):
     def _distance(self, module: nn.Module) -> Tensor:
         view = ParameterView(module)
         change, count = self._change(module, view), self._kept["count"]
-        statistics = self._statistics(module)
+        if self._layout is None:
+            statistics = self._statistics(module)
+            self._layout = statistics.layers, statistics.places
+        layers, places = self._layout
         parts = []
-        for layer in statistics.layers:
+        for layer in layers:
             matrices = layer.gather(change[None])[0]  # (G, P, M)
             A, S = (self._kept[f"{layer.name}.{side}"].to(change) / count.to(change) for side in "AS")
             parts.append(0.5 * (S @ matrices @ A * matrices).sum())
         diagonal, start = self._kept["diagonal"].to(change) / count.to(change), 0
-        for place in statistics.places:
+        for place in places:
             width = place.stop - place.start
             parts.append(0.5 * (diagonal[start : start + width] * change[place].square()).sum())
             start += width
