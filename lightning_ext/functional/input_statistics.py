@@ -111,6 +111,10 @@ class InputStatistics:
         basis: Tensor = torch.linalg.qr(draws).Q
         return basis.to(self.state["second"])
 
+    def sketched(self, rows: Tensor) -> Tensor:
+        r"""Rows ``(..., d)`` times :math:`\Omega` of a "lowrank" sketch."""
+        return rows @ self._sketch.to(rows)
+
     @torch.no_grad()
     def add(self, x: Tensor, groups: Tensor | None = None, sites: Sequence[ActivationSite] = ()) -> "InputStatistics":
         """Add a batch, in place.

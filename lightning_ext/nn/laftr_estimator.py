@@ -82,8 +82,9 @@ class LAFTREstimator(FunctionSpaceEstimator):
         ``fit``: one pass without gradients, :math:`B d^2` multiplications per batch for a full covariance, sums that
         add up over ranks. ``distance``: a forward and backward pass over S inputs and a forward pass of the reference;
         without draws as stated in :func:`~lightning_ext.functional.joint_moments` and
-        :func:`~lightning_ext.functional.mean_gate_distance`. Kept: one copy of parameters and buffers, and sums in
-        float64, :math:`8 G d (d + 1)` bytes for full covariances and 8 for each unit and class.
+        :func:`~lightning_ext.functional.mean_gate_distance`. Kept: one copy of parameters and buffers, and
+        in the parameters' precision :math:`G d (d + 3) / 2` numbers for full covariances and one for each unit and
+        class.
     """
 
     def __init__(
@@ -149,9 +150,10 @@ class LAFTREstimator(FunctionSpaceEstimator):
             statistics.reduce(reduce)
             hessians = None if hessians is None else reduce(hessians)
         statistics.finalise(self.jitter)  # refuses what is not finite
-        self._keep(statistics)
+        dtype = torch.promote_types(next(p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+        self._keep(statistics, dtype)
         if hessians is not None:
-            self._kept["hessians"] = hessians
+            self._kept["hessians"] = hessians.to(dtype)
         if self.store_dtype is not None:
             dtype = getattr(torch, self.store_dtype)
             held = self._reference
@@ -188,17 +190,36 @@ class LAFTREstimator(FunctionSpaceEstimator):
             )
         return labels
 
-    def _keep(self, statistics: InputStatistics) -> None:
-        self._kept |= {f"statistics.{name}": value for name, value in statistics.state.items()}
+    def _keep(self, statistics: InputStatistics, dtype: torch.dtype) -> None:
+        """Keep means and centred moments, which lose nothing to cancellation in the network's precision."""
+        state = dict(statistics.state)
+        count = state.pop("count")
+        n = count.clamp(min=1)
+        rows = {name: value / n.view(-1, *[1] * (value.ndim - 1)) for name, value in state.items()}
+        rows["second"] = _packed(rows["second"] - self._outer(statistics, rows["sum"]), self.covariance)
+        self._kept |= {f"statistics.{name}": value.to(dtype) for name, value in rows.items()}
+        self._kept["statistics.count"] = count
         self._facts |= {"shape": list(statistics.shape), "units": [list(unit) for unit in statistics.units]}
+
+    def _outer(self, statistics: InputStatistics, mean: Tensor) -> Tensor:
+        """What the means contribute to the second moments that the statistics hold."""
+        if self.covariance == "diag":
+            return mean.square()
+        return mean.unsqueeze(2) * (mean if self.covariance == "full" else statistics.sketched(mean)).unsqueeze(1)
 
     @property
     def statistics(self) -> InputStatistics:
-        """The sums that are kept."""
+        """The sums over the data, in float64."""
         self._require_fitted()
-        state = {name[11:]: value for name, value in self._kept.items() if name.startswith("statistics.")}
+        rows = {name[11:]: value.double() for name, value in self._kept.items() if name.startswith("statistics.")}
+        count = rows.pop("count")
+        rows["second"] = _unpacked(rows["second"], self.covariance)
         units = tuple(tuple(unit) for unit in self._facts["units"])
-        return InputStatistics(state, tuple(self._facts["shape"]), units, self.covariance, None, self.seed)
+        found = InputStatistics(rows, tuple(self._facts["shape"]), units, self.covariance, None, self.seed)
+        rows["second"] = rows["second"] + self._outer(found, rows["sum"])
+        found.state = {name: value * count.view(-1, *[1] * (value.ndim - 1)) for name, value in rows.items()}
+        found.state["count"] = count
+        return found
 
     @property
     def input_model(self) -> InputModel:
@@ -215,8 +236,7 @@ class LAFTREstimator(FunctionSpaceEstimator):
         """
         if not isinstance(other, LAFTREstimator) or other._facts != self._facts:
             raise ValueError("only LAFTR statistics of inputs, units and heads of one shape can be merged.")
-        statistics = self.statistics.merge(other.statistics)
-        self._keep(statistics)
+        self._keep(self.statistics.merge(other.statistics), self._kept["statistics.sum"].dtype)
         if "hessians" in self._kept:
             self._kept["hessians"] = self._kept["hessians"] + other._kept["hessians"].to(self._kept["hessians"].device)
         self._forget()
@@ -369,3 +389,22 @@ def _joined(each: Sequence[Sequence[ActivationSite | None]]) -> list[ActivationS
         [site] = gates(gated[:1], [torch.cat([site.gate for site in gated if site.gate is not None])])
         joined.append(site)
     return joined
+
+
+def _packed(second: Tensor, covariance: str) -> Tensor:
+    """Of a symmetric matrix the lower half."""
+    if covariance != "full":
+        return second
+    rows, columns = torch.tril_indices(*second.shape[1:], device=second.device)
+    return second[:, rows, columns]
+
+
+def _unpacked(second: Tensor, covariance: str) -> Tensor:
+    if covariance != "full":
+        return second
+    size = int((2 * second.shape[1]) ** 0.5)  # d of d (d + 1) / 2
+    rows, columns = torch.tril_indices(size, size, device=second.device)
+    full = second.new_zeros(len(second), size, size)
+    full[:, rows, columns] = second
+    full[:, columns, rows] = second
+    return full
