@@ -10,6 +10,7 @@ from tests.conformance import (
     curvature_batches,
     influence_batches,
     influence_responses,
+    laftr_regularizers,
     toys,
 )
 from tests.conformance.entry import Entry
@@ -251,6 +252,47 @@ _INFLUENCE = [
     ),
 ]
 
+_ENDS = "what these processes collect ends with them, which it says; collected by hand in another entry"
+
+_LAFTR = [
+    Entry(
+        ["FunctionSpaceRegularizer"],
+        "callback-method",
+        laftr_regularizers.remembering,
+        other=lambda: laftr_regularizers.remembering(consolidate="last"),
+        module=toys.Plain,
+        recipe="laftr",
+        skip={
+            "manual_optimisation": "it cannot add to a loss that it does not see and says so; see the next entries",
+            "ddp_ranks_agree": _ENDS,
+            "ddp_equals_one_process": _ENDS,
+        },
+    ),
+    *(
+        Entry(
+            ["FunctionSpaceRegularizer"],
+            "callback-method",
+            lambda chosen=chosen: laftr_regularizers.remembering(fit_at="manual", **chosen),
+            other=lambda: laftr_regularizers.remembering(consolidate="merge", add_to_loss=False),
+            module=toys.Plain,
+            label=f"FunctionSpaceRegularizer-{label}",
+            skip={"cli_recipe": _NO_RECIPE, **skip},
+        )
+        for label, chosen, skip in (
+            (
+                "same-draws",
+                {"estimator_options": {"fixed_draws": True}},
+                {"manual_optimisation": "it cannot add to a loss that it does not see and says so"},
+            ),
+            (
+                "own-sum",
+                {"add_to_loss": False},
+                {"ddp_equals_one_process": "ranks draw different samples, so that their mean has the samples of all"},
+            ),
+        )
+    ),
+]
+
 _DATA = [
     Entry(
         ["DigitsDataModule", "EpochSampler", "ResumableLoader"],
@@ -410,7 +452,7 @@ _NN = [
     ),
 ]
 
-REGISTRY = [*_METHOD, *_BASELINES, *_CALLBACKS, *_APO, *_RESPONSES, *_INFLUENCE, *_DATA, *_METRICS, *_NN]
+REGISTRY = [*_METHOD, *_BASELINES, *_CALLBACKS, *_APO, *_RESPONSES, *_INFLUENCE, *_LAFTR, *_DATA, *_METRICS, *_NN]
 
 TOYS = [
     Entry(

@@ -1,0 +1,129 @@
+"""What is kept of past tasks: an estimator for each, or one for all."""
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_ext.functional import fold_in
+from lightning_ext.nn import FunctionSpaceEstimator, function_space_estimator
+
+Heads = slice | Tensor | Sequence[int]
+Consolidation = Literal["all", "last", "merge"]
+
+
+def prototype_of(
+    estimator: str | FunctionSpaceEstimator, reading_batches: dict[str, Any], options: dict[str, Any]
+) -> FunctionSpaceEstimator:
+    """The estimator that each task gets a copy of: by name, or as it was passed."""
+    given = {name: value for name, value in reading_batches.items() if value is not None}
+    if isinstance(estimator, str):
+        return function_space_estimator(estimator, **given, **options)
+    if not isinstance(estimator, FunctionSpaceEstimator):
+        raise ValueError(f"estimator must be a name or a FunctionSpaceEstimator; got {estimator!r}.")
+    if given or options:
+        raise ValueError(f"{', '.join([*given, *options])}: say this to the estimator that you pass, as its arguments.")
+    if estimator.fitted:
+        raise ValueError("estimator must not be fitted yet: each task gets a copy of it, fitted when the task ends.")
+    return estimator
+
+
+class TaskMemory:
+    """Fitted estimators by task.
+
+    Args:
+        prototype: an estimator that has not been fitted; copied for each task.
+        consolidate: ``"all"``: estimators stay as they are. ``"last"``: after each task all refer to its weights, and
+            a distance is taken over all in one pass. ``"merge"``: there is one estimator, which takes each task in.
+    """
+
+    def __init__(self, prototype: FunctionSpaceEstimator, consolidate: Consolidation) -> None:
+        if consolidate == "merge" and type(prototype).absorb is FunctionSpaceEstimator.absorb:
+            raise ValueError(
+                f"consolidate='merge' pools the statistics of tasks, and {type(prototype).__name__} cannot. Use 'all', "
+                "'last', or estimator='laftr'."
+            )
+        self.prototype, self.consolidate = prototype, consolidate
+        self.tasks: list[int] = []
+        self._held: list[FunctionSpaceEstimator] = []  # one per task, or with "merge" at most one
+        self._pool: tuple[list[int], FunctionSpaceEstimator] | None = None
+
+    def remember(
+        self,
+        task: int,
+        module: nn.Module,
+        batches: Iterable[Any],
+        heads: Heads | None,
+        reduce: Callable[[Tensor], Tensor],
+    ) -> None:
+        """Fit an estimator to the task; a task that is known already is replaced."""
+        new = copy.deepcopy(self.prototype).to(next(module.parameters()).device)
+        new.fit(module, batches, heads=heads, reduce=reduce)
+        if self.consolidate == "merge" and self._held:
+            new.absorb(self._held[0])
+            self._held = [new]
+            self.tasks = [*(t for t in self.tasks if t != task), task]
+            return
+        if task in self.tasks:
+            place = self.tasks.index(task)
+            del self.tasks[place], self._held[place]
+        self.tasks.append(task)
+        self._held.append(new)
+        self._pool = None
+        self._consolidate()
+
+    def _consolidate(self) -> None:
+        if self.consolidate == "last":
+            for old in self._held[:-1]:
+                old.share_reference(self._held[-1])
+
+    def distance(
+        self, module: nn.Module, tasks: Sequence[int], address: int, *, average: bool
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """The mean or sum of the tasks' distances, and those of single tasks where they are taken one by one."""
+        if self.consolidate != "all":
+            one = self._one(tasks)
+            one.reseed(address)
+            mean = one.distance(module)
+            return (mean if average else mean * len(tasks)), {}
+        single: dict[int, Tensor] = {}
+        for task in tasks:
+            estimator = self._held[self.tasks.index(task)]
+            estimator.reseed(fold_in(address, task))
+            single[task] = estimator.distance(module)
+        total = torch.stack(list(single.values())).sum()
+        return (total / len(single) if average else total), single
+
+    def _one(self, tasks: Sequence[int]) -> FunctionSpaceEstimator:
+        if self.consolidate == "merge":
+            return self._held[0]
+        if self._pool is None or self._pool[0] != list(tasks):
+            chosen = [self._held[self.tasks.index(task)] for task in tasks]
+            self._pool = list(tasks), type(self.prototype).pool(chosen)
+        return self._pool[1]
+
+    def to(self, device: torch.device) -> None:
+        """Move everything."""
+        for estimator in self._held:
+            estimator.to(device)
+        self._pool = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of references and statistics; what several tasks share counts once."""
+        return sum(estimator.nbytes for estimator in self._held)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values."""
+        return {"tasks": list(self.tasks), "estimators": [dict(e.state_dict()) for e in self._held]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Rebuild the estimators."""
+        self.tasks, self._held, self._pool = list(state["tasks"]), [], None
+        for saved in state["estimators"]:
+            estimator = copy.deepcopy(self.prototype)
+            estimator.load_state_dict(saved)
+            self._held.append(estimator)
+        self._consolidate()
