@@ -115,9 +115,8 @@ class FunctionSpaceEstimator(nn.Module):
         """
         self._facts = {"heads": _plain_heads(heads)}
         self._kept, self._draws, self._shared = {}, 0, False
-        names = [*module.named_parameters(), *module.named_buffers()]
         with self._quiet(module):
-            self._reference = {name: tensor.detach().clone() for name, tensor in names}
+            self._reference = {name: tensor.detach().clone() for name, tensor in named_values(module).items()}
             try:
                 self._fit(module, batches, reduce)
             except BaseException:
@@ -203,7 +202,8 @@ class FunctionSpaceEstimator(nn.Module):
 
     def run(self, module: nn.Module, values: Mapping[str, Tensor], x: Any) -> Tensor:
         """Outputs of the module with other parameters and buffers."""
-        named = {f"module.{name}": value for name, value in values.items()}
+        own = {plain_name(name): name for name, _ in [*module.named_parameters(), *module.named_buffers()]}
+        named = {f"module.{own[name]}": value for name, value in values.items()}
         outputs: Tensor = torch.func.functional_call(_Call(module, self._forward), named, (x,))
         return outputs
 
@@ -213,12 +213,12 @@ class FunctionSpaceEstimator(nn.Module):
 
     def reference_values(self, module: nn.Module) -> dict[str, Tensor]:
         r""":math:`\theta_0` in the module's dtypes."""
-        now = dict([*module.named_parameters(), *module.named_buffers()])
+        now = named_values(module)
         return {name: value.to(now[name].dtype) for name, value in self._reference.items() if name in now}
 
     def parameters_of(self, module: nn.Module) -> dict[str, Tensor]:
         r""":math:`\theta_1`: parameters and buffers, cut to the reference's shapes."""
-        now = dict([*module.named_parameters(), *module.named_buffers()])
+        now = named_values(module)
         return {name: self._cut(name, value) for name, value in now.items()}
 
     def _cut(self, name: str, value: Tensor) -> Tensor:
@@ -234,8 +234,8 @@ class FunctionSpaceEstimator(nn.Module):
             raise RuntimeError(f"{type(self).__name__} has no reference yet: call fit(module, batches) first.")
 
     def _require_same(self, module: nn.Module) -> None:
-        now = {name: p.shape for name, p in module.named_parameters()}
-        buffers = {name for name, _ in module.named_buffers()}
+        now = {plain_name(name): p.shape for name, p in module.named_parameters()}
+        buffers = {plain_name(name) for name, _ in module.named_buffers()}
         missing = [name for name in self._reference if name not in now and name not in buffers]
         reshaped = [
             f"{name}: {tuple(now[name])}, there {tuple(kept.shape)}"
@@ -308,6 +308,16 @@ class MeanDistance(FunctionSpaceEstimator):
             estimator.reseed(self._draws * len(self.estimators) + number)
         self._draws += 1
         return torch.stack([estimator.distance(module) for estimator in self.estimators]).mean()
+
+
+def plain_name(name: str) -> str:
+    """The name of a parameter, whether the part that holds it is compiled or not."""
+    return name.replace("_orig_mod.", "")
+
+
+def named_values(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by their plain names."""
+    return {plain_name(name): value for name, value in [*module.named_parameters(), *module.named_buffers()]}
 
 
 def _weight(module: nn.Module) -> Tensor:

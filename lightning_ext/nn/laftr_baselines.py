@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_ext.functional import output_divergence, seeded_generator
-from lightning_ext.nn.laftr import FunctionSpaceEstimator, Reduce
+from lightning_ext.nn.laftr import FunctionSpaceEstimator, Reduce, plain_name
 
 __all__ = ["CoresetEstimator", "FullDataEstimator", "NTKEstimator"]
 
@@ -130,7 +130,7 @@ class NTKEstimator(CoresetEstimator):
 
     def _distance(self, module: nn.Module) -> Tensor:
         reference, current = self.reference_values(module), self.parameters_of(module)
-        moving = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+        moving = {plain_name(name) for name, parameter in module.named_parameters() if parameter.requires_grad}
         moving &= reference.keys()
         start = {name: reference[name] for name in moving}
         change = {name: current[name] - reference[name] for name in moving}

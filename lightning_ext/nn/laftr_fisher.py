@@ -13,7 +13,7 @@ from lightning_ext.functional import (
     ParameterView,
     seeded_generator,
 )
-from lightning_ext.nn.laftr import FunctionSpaceEstimator, Reduce
+from lightning_ext.nn.laftr import FunctionSpaceEstimator, Reduce, plain_name
 from lightning_ext.nn.laftr_baselines import CoresetEstimator, FullDataEstimator, NTKEstimator
 from lightning_ext.nn.laftr_estimator import LAFTREstimator
 
@@ -43,7 +43,7 @@ class L2Estimator(FunctionSpaceEstimator):
 
     def _distance(self, module: nn.Module) -> Tensor:
         current, reference = self.parameters_of(module), self.reference_values(module)
-        names = [name for name, _ in module.named_parameters() if name in reference]
+        names = [name for name in map(plain_name, dict(module.named_parameters())) if name in reference]
         return torch.stack([0.5 * _wide(current[n] - reference[n]).square().sum() for n in names]).sum()
 
     def absorb(self, other: FunctionSpaceEstimator) -> None:
@@ -114,7 +114,8 @@ class _FisherEstimator(FunctionSpaceEstimator):
 
     def _change(self, module: nn.Module, view: ParameterView) -> Tensor:
         current, reference = self.parameters_of(module), self.reference_values(module)
-        return view.flatten({name: _wide(current[name] - reference[name]) for name in view.names})
+        plain = {name: plain_name(name) for name in view.names}
+        return view.flatten({name: _wide(current[n] - reference[n]) for name, n in plain.items()})
 
     def absorb(self, other: FunctionSpaceEstimator) -> None:
         """Add the earlier task's statistics; the quadratic form is that of both tasks' samples."""

@@ -135,6 +135,22 @@ def test_compiled_inner_network():
     torch.testing.assert_close(flat(plain), flat(compiled))
 
 
+@pytest.mark.parametrize("estimator", ["laftr", "laftr-sample", "laftr-moments", "full", "ntk", "ewc", "l2"])
+def test_a_network_that_is_compiled_after_it_was_learned(estimator):
+    callback, module = FunctionSpaceRegularizer(estimator), seeded_net()
+    callback.end_task(None, module, loader())
+    with torch.no_grad():
+        module.net[2].weight += 0.3 * torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    plain = callback.penalty(module).item()
+    torch._dynamo.reset()
+    module.net = torch.compile(module.net, backend="eager")
+    callback._draws = 0
+    compiled = callback.penalty(module).item()
+    torch._dynamo.reset()
+    assert plain > 1e-3
+    assert compiled == pytest.approx(plain, rel=1e-4)
+
+
 class Looks(Callback):
     """Distances after every epoch."""
 
