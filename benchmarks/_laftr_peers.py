@@ -1,0 +1,112 @@
+"""Avalanche's training with its EWC plugin, one step at a time.
+
+avalanche-lib is installed without what it requires: torchvision's wheels are built for another torch, and its models and
+data sets, which need the rest, are imported with the package but not used here. While it is imported, empty modules
+stand in for them.
+"""
+
+import contextlib
+import importlib.abc
+import importlib.machinery
+import sys
+import types
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from _laftr_problem import BATCH, Task
+from _turns import Run, Turns
+from torch import nn
+
+PACKAGE = "avalanche-lib"
+UNUSED = ("GPUtil", "gdown", "pytorchcv", "qpsolvers", "torchvision", "wandb")
+
+
+class MissingPeerError(Exception):
+    """The peer cannot be imported here; the message says how to have it."""
+
+
+class _Empty(types.ModuleType):
+    __path__: list[str] = []  # noqa: RUF012
+
+    def __getattr__(self, name: str) -> type:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return type(name, (), {"__init__": lambda self, *_, **__: None})
+
+
+class _StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    def find_spec(self, name: str, path: object = None, target: object = None) -> importlib.machinery.ModuleSpec | None:
+        known = name.partition(".")[0] in UNUSED
+        return importlib.machinery.ModuleSpec(name, self, is_package=True) if known else None
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
+        return _Empty(spec.name)
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def stand_ins() -> Iterator[None]:
+    """For the time of an import; whoever asks for one of these packages later finds what is installed, or nothing."""
+    finder = _StandIns()
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+        for name in [name for name, module in sys.modules.items() if isinstance(module, _Empty)]:
+            del sys.modules[name]
+
+
+def avalanche_version() -> str | None:
+    try:
+        return version(PACKAGE)
+    except PackageNotFoundError:
+        return None
+
+
+@contextlib.contextmanager
+def avalanche_ewc(
+    model: nn.Module, optimizer: torch.optim.Optimizer, past: list[Task], task: Task, strength: float
+) -> Iterator[Run]:
+    """After an epoch on each past task, train on the next; the value runs so many steps of it."""
+    if avalanche_version() is None:
+        raise MissingPeerError(f"{PACKAGE} is not installed; `make bench` installs it")
+    with stand_ins():
+        from avalanche.benchmarks import benchmark_from_datasets
+        from avalanche.benchmarks.utils import as_classification_dataset
+        from avalanche.training.plugins import EvaluationPlugin, EWCPlugin, SupervisedPlugin
+        from avalanche.training.supervised import Naive
+
+    turns = Turns()
+
+    class Pauses(SupervisedPlugin):
+        active = False
+
+        def before_training_iteration(self, strategy: Any, **_: object) -> None:
+            if self.active and turns.pause():
+                strategy.stop_training()
+
+    pauses = Pauses()
+    strategy = Naive(
+        model=model, optimizer=optimizer, criterion=nn.CrossEntropyLoss(), train_mb_size=BATCH, train_epochs=1,
+        plugins=[EWCPlugin(strength), pauses], evaluator=EvaluationPlugin(),
+    )  # fmt: skip
+    sets = [as_classification_dataset(_Pairs(*each.train)) for each in (*past, task)]
+    experiences = list(benchmark_from_datasets(train=sets).train_stream)
+    for experience in experiences[:-1]:
+        strategy.train(experience)
+    strategy.train_epochs, pauses.active = sys.maxsize, True
+    with turns.running(lambda: strategy.train(experiences[-1])) as run:
+        yield run
+
+
+class _Pairs(torch.utils.data.TensorDataset):
+    """With the labels as Avalanche looks for them."""
+
+    @property
+    def targets(self) -> torch.Tensor:
+        return self.tensors[1]
