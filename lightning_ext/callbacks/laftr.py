@@ -58,7 +58,8 @@ class FunctionSpaceRegularizer(Callback):
             ``Trainer(reload_dataloaders_every_n_epochs=1)``. The optimizer's state goes on. Default: one fit, one task.
         consolidate: ``"all"``: every task keeps its own reference :math:`\theta_i`. ``"last"``: all tasks refer to the
             weights after the last one, of which there is one copy; each keeps its own input statistics, and the samples
-            of a step are shared out among tasks. ``"merge"``: one pool of statistics too; memory does not grow.
+            of a step are shared out among tasks. ``"merge"``: one pool of statistics too; memory does not grow, and
+            ``"online-ewc"`` is made for it.
         add_to_loss: with ``False`` nothing is wrapped; add :meth:`penalty` to the loss yourself. Manual optimisation
             needs this.
         forward: ``(module, x) -> outputs``; default ``module(x)``.

@@ -223,6 +223,17 @@ def test_one_reference_for_all_tasks():
     assert last.stats_bytes - merged.stats_bytes == 2 * (last.stats_bytes - weights) / 3
 
 
+@pytest.mark.parametrize(("consolidate", "passes"), [("all", 6), ("last", 2), ("merge", 2)])
+def test_passes_of_a_step(consolidate, passes):
+    """Of reference and module: consolidated, a step does not know how many tasks there were."""
+    calls, module = [], seeded_net()
+    callback = three(module, consolidate, estimator_options={"num_samples": 60})
+    module.net.register_forward_pre_hook(lambda _, args: calls.append(len(args[0])))
+    callback.penalty(module)
+    assert len(calls) == passes
+    assert sum(calls) == pytest.approx(60 * passes, rel=0.1)
+
+
 def test_many_samples_of_all_tasks_in_one_pass_tend_to_the_mean_of_the_tasks():
     options = {"estimator_options": {"num_samples": 20_000}, "weight": 1.0}
     module = seeded_net()
