@@ -1,5 +1,7 @@
 """The callback with the estimators of the library: what is remembered, and odd modules and batches."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -292,3 +294,32 @@ def test_ranks_find_the_statistics_of_one_process(tmp_path):
     assert first_difference(expected["reference"], found["reference"]) is None
     for name, value in expected["kept"].items():
         torch.testing.assert_close(found["kept"][name], value, rtol=1e-9, atol=1e-9, msg=name)
+
+
+def test_consolidated_tasks_are_those_that_are_stored():
+    """A task that ends again, and a memory that is loaded: nothing stale is asked, and one reference is held."""
+    module = seeded_net()
+    callback = three(module, "last", diagnostics_loader=held_out())
+    callback.penalty(module)
+    callback.current_task = 2
+    callback.end_task(None, module, loader(seed=7))
+    callback.current_task = None
+    pool = callback._memory._one([0, 1, 2])
+    assert all(a is b for a, b in zip(pool.estimators, callback._memory._held, strict=True))
+    true = callback._diagnostics.distance(None, module, [0, 1, 2], lambda task: None)
+    assert true == pytest.approx(0.0, abs=1e-6), "the outputs of the common reference are kept for every task"
+    fresh = FunctionSpaceRegularizer("laftr", consolidate="last")
+    fresh.load_state_dict(copy.deepcopy(callback.state_dict()))
+    assert all(held._reference is fresh._memory._held[-1]._reference for held in fresh._memory._held)
+
+
+def test_the_truth_is_the_same_on_two_ranks():
+    found = []
+    for kwargs in ({}, ddp_trainer_kwargs(max_epochs=1)):
+        module = seeded_net()
+        callback = FunctionSpaceRegularizer("laftr", weight=0.0, fit_at="manual", diagnostics_loader=held_out())
+        callback.end_task(None, seeded_net(seed=4), loader())
+        sampler = {"sampler": range(12)} if kwargs else {}
+        trainer = train(module, [callback], loader(batch_size=6 if kwargs else 12, **sampler), **kwargs)
+        found.append(trainer.callback_metrics["laftr/true"])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=0)
