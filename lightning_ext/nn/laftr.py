@@ -6,6 +6,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, Self
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_ext.functional import evaluating, output_divergence, seeded_generator
@@ -145,7 +146,7 @@ class FunctionSpaceEstimator(nn.Module):
         with self._quiet(module):
             found = self._distance(module)
         self._draws += 1
-        return found
+        return widened(found)
 
     def outputs(self, module: nn.Module, batch: Any) -> Tensor:
         """The outputs of a batch, as they are compared, before the choice of heads."""
@@ -331,12 +332,26 @@ def _grown(kept: torch.Size, now: torch.Size) -> bool:
     return kept == now or (len(kept) == len(now) > 0 and kept[1:] == now[1:] and kept[0] < now[0])
 
 
+def widened(tensor: Tensor) -> Tensor:
+    """In float32 at least."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32)) if tensor.is_floating_point() else tensor
+
+
+def own_rank(reduce: Reduce | None) -> int:
+    """Which of the ranks this is that take part in a fit."""
+    return dist.get_rank() if reduce is not None and dist.is_initialized() else 0
+
+
 def _plain_heads(heads: Heads | None) -> Any:
     if heads is None:
         return None
     if isinstance(heads, slice):
         return {"slice": [heads.start, heads.stop, heads.step]}
-    return [int(index) for index in heads]
+    places = torch.as_tensor(heads)
+    if places.ndim != 1 or places.is_floating_point() or not len(places):
+        raise ValueError(f"heads must be a slice, or a list of the outputs that count; got {heads!r}.")
+    found: list[int] = (places.nonzero().flatten() if places.dtype == torch.bool else places).tolist()
+    return found
 
 
 def _entry(batch: Any, chosen: str | Callable[[Any], Any] | None, place: int, argument: str) -> Any:

@@ -1,6 +1,6 @@
 """Distances from stored examples: all of them, a few, or through the network's tangent kernel."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_ext.functional import output_divergence, seeded_generator
-from lightning_ext.nn.laftr import FunctionSpaceEstimator, Reduce, plain_name
+from lightning_ext.nn.laftr import FunctionSpaceEstimator, Reduce, own_rank, plain_name
 
 __all__ = ["CoresetEstimator", "FullDataEstimator", "NTKEstimator"]
 
@@ -50,21 +50,27 @@ class CoresetEstimator(FunctionSpaceEstimator):
         self.size, self.selection = size, selection
 
     def _fit(self, module: nn.Module, batches: Iterable[Any], reduce: Reduce | None) -> None:
-        rank = dist.get_rank() if reduce is not None and dist.is_initialized() else 0
-        generator = seeded_generator(self.seed, rank)
-        kept: dict[str, Tensor] = {}
+        generator = seeded_generator(self.seed, own_rank(reduce))
+        parts: list[dict[str, Tensor]] = []
+        infinite = torch.zeros((), dtype=torch.long)
         for batch in batches:
             x = self.inputs_of(batch)
+            if not isinstance(x, Tensor):
+                raise ValueError(
+                    f"inputs must be a tensor to be stored; got {type(x).__name__}. Say with inputs= what the "
+                    "network's input is in a batch, and with forward= how it is called on it."
+                )
             outputs = self._forward(module, x)
-            rows = {"x": x, "outputs": outputs} | self._scores(batch, outputs, generator)
-            kept = rows if not kept else {name: torch.cat([value, rows[name]]) for name, value in kept.items()}
-            kept = self._best(kept)
-        if not kept:
+            infinite = infinite.to(x.device) + sum((~value.isfinite()).sum() for value in (x, outputs))
+            parts.append({"x": x, "outputs": outputs} | self._scores(batch, outputs, generator))
+            parts = parts if self.size is None else [self._best(_joined(parts))]
+        if not parts:
             raise ValueError("batches holds no batch: give a loader, or a list of batches.")
+        if (infinite if reduce is None else reduce(infinite)) > 0:
+            raise ValueError("inputs and outputs must be finite; there are NaN or infinite ones.")
+        kept = _joined(parts)
         if reduce is not None and dist.is_initialized() and dist.get_world_size() > 1:
             kept = self._best({name: _gathered(value) for name, value in kept.items()})
-        if not all(bool(value.isfinite().all()) for value in kept.values()):
-            raise ValueError("inputs and outputs must be finite; there are NaN or infinite ones.")
         self._kept = {name: kept[name] for name in ("x", "outputs")}
 
     def _scores(self, batch: Any, outputs: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
@@ -98,8 +104,9 @@ class CoresetEstimator(FunctionSpaceEstimator):
 
     def absorb(self, other: FunctionSpaceEstimator) -> None:
         """Add an earlier task's examples, with their outputs at that time."""
-        if not isinstance(other, CoresetEstimator) or other._facts != self._facts:
-            raise ValueError("only stored examples with the same heads can be merged.")
+        shapes = [(each._facts, [value.shape[1:] for value in each._kept.values()]) for each in (self, other)]
+        if not isinstance(other, CoresetEstimator) or shapes[0] != shapes[1]:
+            raise ValueError("only stored examples with the same heads, inputs and outputs can be merged.")
         self._kept = {name: torch.cat([other._kept[name].to(value), value]) for name, value in self._kept.items()}
 
 
@@ -120,7 +127,7 @@ class NTKEstimator(CoresetEstimator):
     .. math:: f(x; \theta_1) \approx f(x; \theta_0) + J(x; \theta_0)\, (\theta_1 - \theta_0)
 
     Args:
-        size: stored examples, ``None`` for all.
+        size: stored examples, at least 1. Default all.
         selection: as for :class:`CoresetEstimator`.
         kwargs: see :class:`FunctionSpaceEstimator`.
 
@@ -128,19 +135,27 @@ class NTKEstimator(CoresetEstimator):
         ``distance``: a forward-mode product and its backward pass, about three times the exact distance's cost.
     """
 
+    def __init__(
+        self, size: int | None = None, selection: Literal["random", "lambda"] = "random", **kwargs: Any
+    ) -> None:
+        super().__init__(size, selection, **kwargs)
+
     def _distance(self, module: nn.Module) -> Tensor:
         reference, current = self.reference_values(module), self.parameters_of(module)
-        moving = {plain_name(name) for name, parameter in module.named_parameters() if parameter.requires_grad}
-        moving &= reference.keys()
-        start = {name: reference[name] for name in moving}
-        change = {name: current[name] - reference[name] for name in moving}
-        rest = {name: value for name, value in reference.items() if name not in moving}
+        weights = {plain_name(name) for name, p in module.named_parameters() if p.is_floating_point()}
+        start = {name: reference[name] for name in weights & reference.keys()}  # frozen ones may have moved before
+        change = {name: current[name] - value for name, value in start.items()}
+        rest = {name: value for name, value in reference.items() if name not in start}
 
         def outputs(values: dict[str, Tensor]) -> Tensor:
             return self.run(module, {**rest, **values}, self._kept["x"])
 
         old, moved, *_ = torch.func.jvp(outputs, (start,), (change,))
         return output_divergence(old.detach() + moved, old.detach(), self.divergence, self.heads)
+
+
+def _joined(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def _gathered(value: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from lightning_ext.functional import (
     output_divergence,
     sequential_layers,
 )
-from lightning_ext.nn.laftr import FunctionSpaceEstimator, MeanDistance, Reduce
+from lightning_ext.nn.laftr import FunctionSpaceEstimator, MeanDistance, Reduce, widened
 
 __all__ = ["LAFTREstimator"]
 
@@ -218,7 +218,7 @@ class LAFTREstimator(FunctionSpaceEstimator):
         found = InputStatistics(rows, tuple(self._facts["shape"]), units, self.covariance, None, self.seed)
         rows["second"] = rows["second"] + self._outer(found, rows["sum"])
         found.state = {name: value * count.view(-1, *[1] * (value.ndim - 1)) for name, value in rows.items()}
-        found.state["count"] = count
+        found.state["count"] = count.clone()  # they are added to in place
         return found
 
     @property
@@ -234,8 +234,9 @@ class LAFTREstimator(FunctionSpaceEstimator):
         Raises:
             ValueError: If it is another kind of estimator, has other sums, or other heads.
         """
-        if not isinstance(other, LAFTREstimator) or other._facts != self._facts:
-            raise ValueError("only LAFTR statistics of inputs, units and heads of one shape can be merged.")
+        kinds = [(each._facts, list(each._kept)) for each in (self, other)]
+        if not isinstance(other, LAFTREstimator) or kinds[0] != kinds[1]:
+            raise ValueError("only LAFTR statistics of one kind, with inputs, units and heads of one shape, can merge.")
         self._keep(self.statistics.merge(other.statistics), self._kept["statistics.sum"].dtype)
         if "hessians" in self._kept:
             self._kept["hessians"] = self._kept["hessians"] + other._kept["hessians"].to(self._kept["hessians"].device)
@@ -342,11 +343,14 @@ class LAFTREstimator(FunctionSpaceEstimator):
         return [(reference[weight], None if bias is None else reference[bias]) for weight, bias in self._layers]
 
     def _mean_distance(self, module: nn.Module) -> Tensor:
-        current, model = self.parameters_of(module), self.input_model
-        diagonal = self.covariance == "diag"
+        reference, current = (
+            {name: widened(value) for name, value in values.items()}
+            for values in (self.reference_values(module), self.parameters_of(module))
+        )
+        model, diagonal = self.input_model, self.covariance == "diag"
         like = next(value for value in current.values() if value.is_floating_point())
         return mean_gate_distance(
-            lambda values, x: self.run(module, values, x), self.reference_values(module), current,
+            lambda values, x: self.run(module, values, x), reference, current,
             model.means.to(like), None if diagonal else model.factors.to(like), model.gate_means(),
             covariance=model.factors.square().to(like) if diagonal else None,
             metric=self._metric(like), heads=self.heads,

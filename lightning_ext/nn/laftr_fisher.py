@@ -8,12 +8,11 @@ from torch import Tensor, nn
 
 from lightning_ext.functional import (
     InfluenceObjective,
-    KroneckerLayer,
     KroneckerStatistics,
     ParameterView,
     seeded_generator,
 )
-from lightning_ext.nn.laftr import FunctionSpaceEstimator, Reduce, plain_name
+from lightning_ext.nn.laftr import FunctionSpaceEstimator, Reduce, own_rank, plain_name, widened
 from lightning_ext.nn.laftr_baselines import CoresetEstimator, FullDataEstimator, NTKEstimator
 from lightning_ext.nn.laftr_estimator import LAFTREstimator
 
@@ -44,7 +43,7 @@ class L2Estimator(FunctionSpaceEstimator):
     def _distance(self, module: nn.Module) -> Tensor:
         current, reference = self.parameters_of(module), self.reference_values(module)
         names = [name for name in map(plain_name, dict(module.named_parameters())) if name in reference]
-        return torch.stack([0.5 * _wide(current[n] - reference[n]).square().sum() for n in names]).sum()
+        return torch.stack([0.5 * (widened(current[n]) - reference[n]).square().sum() for n in names]).sum()
 
     def absorb(self, other: FunctionSpaceEstimator) -> None:
         """Nothing is kept of an earlier task but the weights, which are one's own now."""
@@ -62,7 +61,6 @@ class _FisherEstimator(FunctionSpaceEstimator):
         if self.divergence not in _LOSSES:
             raise ValueError(f"{type(self).__name__} knows 'kl' and 'mse'; got divergence={self.divergence!r}.")
         self.fisher: Fisher = fisher
-        self._forget()
 
     def _objective(self) -> InfluenceObjective:
         """Of batches ``(x, targets)``, with the outputs that count."""
@@ -73,19 +71,12 @@ class _FisherEstimator(FunctionSpaceEstimator):
 
         return InfluenceObjective(_LOSSES[self.divergence], forward=chosen)
 
-    def _forget(self) -> None:
-        self._layout: tuple[tuple[KroneckerLayer, ...], tuple[slice, ...]] | None = None
-
-    def _statistics(self, module: nn.Module) -> KroneckerStatistics:
-        view = ParameterView(module)
-        return KroneckerStatistics(
-            module, self._objective(), view, fisher=_FISHERS[self.fisher], max_width=self._max_width
-        )
-
     def _fit(self, module: nn.Module, batches: Iterable[Any], reduce: Reduce | None) -> None:
-        statistics = self._statistics(module)
+        statistics = KroneckerStatistics(
+            module, self._objective(), ParameterView(module), fisher=_FISHERS[self.fisher], max_width=self._max_width
+        )
         sums = statistics.factor_zeros()
-        generator = seeded_generator(self.seed) if self.fisher == "mc" else None
+        generator = seeded_generator(self.seed, own_rank(reduce)) if self.fisher == "mc" else None
         for batch in batches:
             x = self.inputs_of(batch)
             with torch.enable_grad():
@@ -97,6 +88,12 @@ class _FisherEstimator(FunctionSpaceEstimator):
         if bad:
             raise ValueError(f"the Fisher information of {bad[:3]} is not finite: look at inputs and parameters.")
         self._kept = sums
+        at = {place.start: plain_name(name) for name, place in statistics.view.slices().items()}
+        self._facts["diagonal"] = [plain_name(name) for name in statistics.diagonal]
+        self._facts["layers"] = [
+            [layer.name, [at[place.start] for place in (layer.weight, layer.bias) if place is not None]]
+            for layer in statistics.layers
+        ]
 
     def _labels(self, module: nn.Module, batch: Any, x: Any) -> Tensor:
         """The targets among the outputs that count; any that fit where the Fisher information needs none."""
@@ -112,15 +109,30 @@ class _FisherEstimator(FunctionSpaceEstimator):
             raise ValueError(f"labels must be among the heads {places.tolist()}; got {torch.unique(labels).tolist()}.")
         return found.long().argmax(-1)
 
-    def _change(self, module: nn.Module, view: ParameterView) -> Tensor:
+    def _change(self, module: nn.Module) -> dict[str, Tensor]:
+        """Of the parameters that were trained when this was fitted."""
         current, reference = self.parameters_of(module), self.reference_values(module)
-        plain = {name: plain_name(name) for name in view.names}
-        return view.flatten({name: _wide(current[n] - reference[n]) for name, n in plain.items()})
+        names = [*self._facts["diagonal"], *(name for _, pair in self._facts["layers"] for name in pair)]
+        trained = {plain_name(name) for name, p in module.named_parameters() if p.requires_grad} & reference.keys()
+        if trained - set(names):
+            raise ValueError(
+                f"{sorted(trained - set(names))[:5]} did not require gradients at fit, so their Fisher information is "
+                "not known: let them require gradients at fit, or leave them frozen."
+            )
+        return {name: widened(current[name]) - reference[name] for name in names}
+
+    def _diagonal_form(self, change: dict[str, Tensor]) -> Tensor:
+        moved = torch.cat([change[name].flatten() for name in self._facts["diagonal"]])
+        return (self._kept["diagonal"].to(moved) * moved.square()).sum() / (2 * self._kept["count"].to(moved))
+
+    def _require_alike(self, other: FunctionSpaceEstimator) -> None:
+        shapes = [{name: value.shape for name, value in each._kept.items()} for each in (self, other)]
+        if type(other) is not type(self) or shapes[0] != shapes[1]:
+            raise ValueError(f"only two {type(self).__name__} of the same parameters can be merged.")
 
     def absorb(self, other: FunctionSpaceEstimator) -> None:
         """Add the earlier task's statistics; the quadratic form is that of both tasks' samples."""
-        if type(other) is not type(self) or other._kept.keys() != self._kept.keys():
-            raise ValueError(f"only two {type(self).__name__} of the same parameters can be merged.")
+        self._require_alike(other)
         self._kept = {name: value + other._kept[name].to(value.device) for name, value in self._kept.items()}
 
 
@@ -164,17 +176,15 @@ class EWCEstimator(_FisherEstimator):
         return self._kept["diagonal"] / self._kept["count"]
 
     def _distance(self, module: nn.Module) -> Tensor:
-        change = self._change(module, ParameterView(module))
-        return 0.5 * (self.fisher_diagonal.to(change) * change.square()).sum()
+        return self._diagonal_form(self._change(module))
 
     def absorb(self, other: FunctionSpaceEstimator) -> None:
         """Add the earlier tasks' Fisher information."""
         if self.online_gamma is None:
             super().absorb(other)
             return
-        if not isinstance(other, EWCEstimator) or other._kept.keys() != self._kept.keys():
-            raise ValueError("only two EWCEstimator of the same parameters can be merged.")
-        earlier = self.online_gamma * other.fisher_diagonal
+        self._require_alike(other)
+        earlier = self.online_gamma * other._kept["diagonal"] / other._kept["count"]
         self._kept["diagonal"] = self._kept["diagonal"] + self._kept["count"] * earlier.to(self._kept["diagonal"])
 
 
@@ -195,27 +205,13 @@ class KFACEstimator(_FisherEstimator):
     """
 
     def _distance(self, module: nn.Module) -> Tensor:
-        view = ParameterView(module)
-        change, count = self._change(module, view), self._kept["count"]
-        if self._layout is None:
-            statistics = self._statistics(module)
-            self._layout = statistics.layers, statistics.places
-        layers, places = self._layout
-        parts = []
-        for layer in layers:
-            matrices = layer.gather(change[None])[0]  # (G, P, M)
-            A, S = (self._kept[f"{layer.name}.{side}"].to(change) / count.to(change) for side in "AS")
-            parts.append(0.5 * (S @ matrices @ A * matrices).sum())
-        diagonal, start = self._kept["diagonal"].to(change) / count.to(change), 0
-        for place in places:
-            width = place.stop - place.start
-            parts.append(0.5 * (diagonal[start : start + width] * change[place].square()).sum())
-            start += width
+        change, count = self._change(module), self._kept["count"]
+        parts = [self._diagonal_form(change)] if self._facts["diagonal"] else []
+        for layer, names in self._facts["layers"]:
+            A, S = (self._kept[f"{layer}.{side}"] / count for side in "AS")  # (G, M, M), (G, P, P)
+            matrices = torch.cat([change[name].reshape(*S.shape[:2], -1) for name in names], 2)
+            parts.append(0.5 * (S.to(matrices) @ matrices @ A.to(matrices) * matrices).sum())
         return torch.stack(parts).sum()
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 _NAMED: dict[str, tuple[Callable[..., FunctionSpaceEstimator], dict[str, Any]]] = {
