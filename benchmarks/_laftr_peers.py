@@ -1,7 +1,7 @@
-"""Avalanche's training with its EWC plugin, one step at a time.
+"""Avalanche's training with its EWC plugin, and the plugin alone, one step at a time.
 
-avalanche-lib is installed without what it requires: torchvision's wheels are built for another torch, and its models and
-data sets, which need the rest, are imported with the package but not used here. While it is imported, empty modules
+avalanche-lib is installed without what it requires: torchvision's wheels are built for another torch, and the models
+and data sets that need the rest are imported with the package but not used here. While it is imported, empty modules
 stand in for them.
 """
 
@@ -10,14 +10,16 @@ import importlib.abc
 import importlib.machinery
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
-from _laftr_problem import BATCH, Task
+from _laftr_problem import BATCH, Learner, Task
 from _turns import Run, Turns
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 PACKAGE = "avalanche-lib"
 UNUSED = ("GPUtil", "gdown", "pytorchcv", "qpsolvers", "torchvision", "wandb")
@@ -68,11 +70,32 @@ def avalanche_version() -> str | None:
         return None
 
 
-@contextlib.contextmanager
+@dataclass(frozen=True)
+class Avalanche(Learner):
+    """A strategy that has been through an epoch of each past task, with its EWC plugin."""
+
+    strategy: Any
+    plugin: Any
+    turns: Turns
+    experience: Any
+
+    def running(self) -> contextlib.AbstractContextManager[Run]:
+        """Train on the next task; the value runs so many steps of it."""
+        self.strategy.train_epochs = sys.maxsize
+        return self.turns.running(lambda: self.strategy.train(self.experience))
+
+    def loss(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """What the plugin makes of the loss of a batch, outside of Avalanche's own loop."""
+        step = types.SimpleNamespace(
+            clock=self.strategy.clock, device=self.strategy.device, model=model, loss=cross_entropy(model(x), y)
+        )
+        self.plugin.before_backward(step)
+        return step.loss
+
+
 def avalanche_ewc(
-    model: nn.Module, optimizer: torch.optim.Optimizer, past: list[Task], task: Task, strength: float
-) -> Iterator[Run]:
-    """After an epoch on each past task, train on the next; the value runs so many steps of it."""
+    model: nn.Module, optimizer: torch.optim.Optimizer, past: Sequence[Task], task: Task, strength: float
+) -> Avalanche:
     if avalanche_version() is None:
         raise MissingPeerError(f"{PACKAGE} is not installed; `make bench` installs it")
     with stand_ins():
@@ -84,29 +107,25 @@ def avalanche_ewc(
     turns = Turns()
 
     class Pauses(SupervisedPlugin):
-        active = False
-
         def before_training_iteration(self, strategy: Any, **_: object) -> None:
-            if self.active and turns.pause():
+            if strategy.train_epochs > 1 and turns.pause():
                 strategy.stop_training()
 
-    pauses = Pauses()
+    plugin = EWCPlugin(strength)
     strategy = Naive(
         model=model, optimizer=optimizer, criterion=nn.CrossEntropyLoss(), train_mb_size=BATCH, train_epochs=1,
-        plugins=[EWCPlugin(strength), pauses], evaluator=EvaluationPlugin(),
+        plugins=[plugin, Pauses()], evaluator=EvaluationPlugin(),
     )  # fmt: skip
     sets = [as_classification_dataset(_Pairs(*each.train)) for each in (*past, task)]
-    experiences = list(benchmark_from_datasets(train=sets).train_stream)
-    for experience in experiences[:-1]:
+    *experiences, following = benchmark_from_datasets(train=sets).train_stream
+    for experience in experiences:
         strategy.train(experience)
-    strategy.train_epochs, pauses.active = sys.maxsize, True
-    with turns.running(lambda: strategy.train(experiences[-1])) as run:
-        yield run
+    return Avalanche(strategy, plugin, turns, following)
 
 
 class _Pairs(torch.utils.data.TensorDataset):
     """With the labels as Avalanche looks for them."""
 
     @property
-    def targets(self) -> torch.Tensor:
+    def targets(self) -> Tensor:
         return self.tensors[1]
