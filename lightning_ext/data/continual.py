@@ -22,8 +22,8 @@ class ContinualDataModule(ResumableDataModule):
     """A row of tasks; its loaders are those of the current one.
 
     ``set_task(i)`` chooses the task of the next fit. Builders make the usual scenarios from any images and labels, or
-    from the 8 x 8 digits bundled with scikit-learn (:class:`DigitsDataModule`, grey values, 1,400 training and 397 test
-    images): :meth:`permuted`, :meth:`split`, :meth:`domain_split`. On the command line a builder is a class path,
+    from the 8 x 8 digits bundled with scikit-learn (:class:`DigitsDataModule`, 1,400 training and 397 test images, grey
+    values less their mean over their standard deviation): :meth:`permuted`, :meth:`split`, :meth:`domain_split`. On the command line a builder is a class path,
     ``--data lightning_ext.data.ContinualDataModule.permuted --data.num_tasks 5 --data.task 2``.
 
     Args:
@@ -281,7 +281,9 @@ def _pairs(data: Source, test: Pair | None) -> tuple[Pair, Pair]:
             )
         digits = DigitsDataModule(binarize=False)
         digits.setup()
-        return digits.train_set.tensors, digits.held_out_set.tensors  # type: ignore[union-attr, return-value]
+        (images, labels), (held_out, truth) = digits.train_set.tensors, digits.held_out_set.tensors  # type: ignore[union-attr]
+        mean, deviation = images.mean(), images.std()
+        return ((images - mean) / deviation, labels), ((held_out - mean) / deviation, truth)
     if test is None:
         raise ValueError("test must be (images, labels) where data are: what is not trained on is not known from them.")
     for name, (images, labels) in (("data", data), ("test", test)):

@@ -21,7 +21,9 @@ def whole(loader):
 def digits():
     source = DigitsDataModule(binarize=False)
     source.setup()
-    return source.train_set.tensors, source.held_out_set.tensors
+    (images, labels), (held_out, truth) = source.train_set.tensors, source.held_out_set.tensors
+    mean, deviation = images.mean(), images.std()
+    return ((images - mean) / deviation, labels), ((held_out - mean) / deviation, truth)
 
 
 class TestPermuted:
