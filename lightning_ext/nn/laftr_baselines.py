@@ -1,11 +1,13 @@
 """Distances from stored examples: all of them, a few, or through the network's tangent kernel."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_ext.functional import output_divergence, seeded_generator
 from lightning_ext.nn.laftr import FunctionSpaceEstimator, Reduce, own_rank, plain_name
@@ -150,8 +152,21 @@ class NTKEstimator(CoresetEstimator):
         def outputs(values: dict[str, Tensor]) -> Tensor:
             return self.run(module, {**rest, **values}, self._kept["x"])
 
-        old, moved, *_ = torch.func.jvp(outputs, (start,), (change,))
+        with _forward_mode():
+            old, moved, *_ = torch.func.jvp(outputs, (start,), (change,))
         return output_divergence(old.detach() + moved, old.detach(), self.divergence, self.heads)
+
+
+@contextmanager
+def _forward_mode() -> Iterator[None]:
+    """Attention by kernels that have forward-mode derivatives."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
 
 
 def _joined(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -64,7 +64,7 @@ class LAFTREstimator(FunctionSpaceEstimator):
 
     Raises:
         ValueError: For arguments out of range or that do not go together; from ``fit`` as stated there.
-        NotImplementedError: From ``distance``, where the network is not what the mode needs; it names what is not.
+        NotImplementedError: From ``fit``, where the network is not what the mode needs; it names what is not.
 
     Source: Dhawan, Huang, Bae & Grosse 2023 (arXiv:2302.03519).
 
@@ -154,6 +154,8 @@ class LAFTREstimator(FunctionSpaceEstimator):
         self._keep(statistics, dtype)
         if hessians is not None:
             self._kept["hessians"] = hessians.to(dtype)
+        if self.mode in ("moments", "mean"):
+            self._distance(module)  # refuses what it cannot do while there are data for another mode
         if self.store_dtype is not None:
             dtype = getattr(torch, self.store_dtype)
             held = self._reference
