@@ -23,7 +23,8 @@ class ContinualDataModule(ResumableDataModule):
 
     ``set_task(i)`` chooses the task of the next fit. Builders make the usual scenarios from any images and labels, or
     from the 8 x 8 digits bundled with scikit-learn (:class:`DigitsDataModule`, 1,400 training and 397 test images, grey
-    values less their mean over their standard deviation): :meth:`permuted`, :meth:`split`, :meth:`domain_split`. On the command line a builder is a class path,
+    values less their mean over their standard deviation): :meth:`permuted`, :meth:`split`, :meth:`domain_split`. On the
+    command line a builder is a class path,
     ``--data lightning_ext.data.ContinualDataModule.permuted --data.num_tasks 5 --data.task 2``.
 
     Args:
