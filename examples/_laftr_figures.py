@@ -1,0 +1,129 @@
+"""Figures of the LAFTR reproduction."""
+
+import contextlib
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
+
+from lightning_ext.demo import PAGE_STYLE
+from lightning_ext.metrics import ContinualMetrics
+
+PALE, INK = "#9aa6b4", "#1d2733"
+KINDS = {"laftr": "#2f7de1", "official": "#c79a12", "stored": "#14a37f", "weights": "#d6456b", "none": "#8a97a6"}
+MARKERS = {"laftr": "o", "official": "D", "stored": "s", "weights": "^", "none": "X"}
+MEANING = {
+    "laftr": "LAFTR", "official": "official formula", "stored": "stores data", "weights": "distance of weights",
+    "none": "fine-tuning",
+}  # fmt: skip
+STYLE: dict[str, Any] = {
+    **PAGE_STYLE,
+    "axes.edgecolor": PALE,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 10.5,
+    "font.size": 10.5,
+    "legend.fontsize": 9.5,
+    "lines.linewidth": 1.8,
+}
+
+
+def kind(name: str) -> str:
+    """Which family a method or an estimator is of."""
+    words = {
+        "official": "official", "laftr": "laftr", "same": "laftr", "frozen": "laftr", "NTK": "stored", "exact": "stored",
+        "fine": "none",
+    }  # fmt: skip
+    return next((family for word, family in words.items() if word in name), "weights")
+
+
+@contextlib.contextmanager
+def _grid(rows: int, columns: int, size: tuple[float, float], **shared: Any) -> Iterator[tuple[Figure, np.ndarray]]:
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=size)
+        yield figure, figure.subplots(rows, columns, squeeze=False, **shared)
+
+
+def tracking(part: Any, seeds: Sequence[int]) -> Figure:
+    """Estimate against true distance along the training of a second task, one panel per estimator."""
+    columns = 6
+    rows = -(-len(part.NAMES) // columns)
+    with _grid(rows, columns, (14, 2.5 * rows), sharex=True, sharey=True) as (figure, panels):
+        tracks = [part.tracked(seed) for seed in seeds]
+        for axes, name in zip(panels.flat, part.NAMES, strict=False):
+            axes.axline((1, 1), slope=1, color=PALE, lw=1.2, ls=(0, (4, 3)), zorder=1)
+            for track, marker in zip(tracks, "osD^vP*X" * len(tracks), strict=False):
+                axes.plot(
+                    track.true, track.estimates[name], color=KINDS[kind(name)], marker=marker, ms=2.6, lw=1, alpha=0.85
+                )
+            axes.set(xscale="log", yscale="log")
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.set_major_locator(LogLocator(numticks=6))
+                axis.set_minor_locator(NullLocator())
+            off = statistics.fmean(track.log_ratio(name) for track in tracks)
+            axes.set_title(f"{name}: {off:.2f}")
+        for axes in panels.flat[len(part.NAMES) :]:
+            axes.set_axis_off()
+        figure.supxlabel("true distance on the first task, half squared output units")
+        figure.supylabel("estimate")
+        figure.suptitle("Number: mean |log(estimate / truth)|; dashed: equal; one marker per seed", fontsize=10.5)
+    return figure
+
+
+def memory(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
+    """Average accuracy against the bytes kept, for each benchmark."""
+    titles = {"five": "Five permuted-digits tasks", "ten": "Ten permuted-digits tasks"}
+    with _grid(1, len(results), (13, 5.2), sharey=True) as (figure, panels):
+        for axes, (benchmark, rows) in zip(panels[0], results.items(), strict=True):
+            for row in rows:
+                family = kind(row["method"])
+                x = max(row["bytes"], 1) / 1000
+                x = 3.0 if row["bytes"] == 0 else x
+                axes.errorbar(
+                    x, row["accuracy"], row["std"], color=KINDS[family], marker=MARKERS[family], ms=7, capsize=3
+                )
+            axes.set(xscale="log", xlabel="kB kept after the last task (nothing: at the left edge)")
+            axes.set_title(titles.get(benchmark, benchmark))
+            axes.xaxis.set_minor_locator(NullLocator())
+            _label(axes, [(max(row["bytes"] / 1000, 0.001) if row["bytes"] else 3.0, row["accuracy"], row["method"])
+                          for row in rows])  # fmt: skip
+        panels[0][0].set_ylabel("average accuracy after the last task")
+        shown = [
+            family for family in KINDS if any(kind(row["method"]) == family for row in next(iter(results.values())))
+        ]
+        handles = [
+            mpl.lines.Line2D([], [], color=KINDS[family], marker=MARKERS[family], lw=0, label=MEANING[family])
+            for family in shown
+        ]
+        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+    return figure
+
+
+def _label(axes: Any, points: Sequence[tuple[float, float, str]]) -> None:
+    """Names beside their points, pushed apart where two would cover each other."""
+    taken: list[tuple[float, float]] = []
+    for x, y, name in sorted(points, key=lambda point: point[1]):
+        height = y
+        while any(abs(np.log10(x / other)) < 1.0 and abs(height - at) < 0.021 for other, at in taken):
+            height += 0.004
+        taken.append((x, height))
+        axes.annotate(
+            name, (x, y), (x * 1.12, height), fontsize=8.5, color=INK, va="center",
+            arrowprops={"arrowstyle": "-", "color": PALE, "lw": 0.6} if height - y > 0.012 else None,
+        )  # fmt: skip
+
+
+def matrices(part: Any, seed: int) -> Figure:
+    """The accuracy matrix of four methods on ten tasks."""
+    chosen = ("fine-tuning", "EWC", "laftr-relu by class", "exact, all data")
+    with _grid(2, 2, (13, 11)) as (figure, panels):
+        for axes, name in zip(panels.flat, chosen, strict=True):
+            values = part.learned("ten", name, seed).values
+            axes.grid(visible=False)
+            ContinualMetrics(len(values["cl/matrix"])).plot(values, ax=axes)
+            axes.set_title(f"{name}: {axes.get_title()}", loc="left", fontsize=10.5)
+            axes.set_title("", loc="center")
+    return figure
