@@ -220,6 +220,18 @@ def test_a_gradient_is_cut_where_the_learner_says_so(problem):
     assert moved[1] != pytest.approx(1.0, rel=1e-3)
 
 
+def test_tasks_permute_pixels_that_are_centred_and_scaled_as_a_whole(problem):
+    first, second = problem.tasks(2)
+    images, labels = first.train
+    assert images.shape == (1400, 64)
+    assert abs(images.mean().item()) < 1e-5
+    assert images.std().item() == pytest.approx(1, abs=1e-5)
+    torch.testing.assert_close(second.train[1], labels)
+    torch.testing.assert_close(second.train[0].sort(1).values, images.sort(1).values)
+    torch.testing.assert_close(second.test[0].sort(1).values, first.test[0].sort(1).values)
+    assert not torch.equal(second.train[0], images)
+
+
 def test_tasks_in_a_row_are_measured_after_each(problem, monkeypatch):
     """Fine-tuning for an epoch on two tasks forgets; the accuracies are those of the networks after each task."""
     models = []
