@@ -84,8 +84,8 @@ def names(benchmark: str) -> list[str]:
 
 
 @functools.cache
-def _data(tasks: int) -> ContinualDataModule:
-    return ContinualDataModule.permuted(*training.digits(), num_tasks=tasks, batch_size=32, seed=0)
+def _data(tasks: int, seed: int) -> ContinualDataModule:
+    return ContinualDataModule.permuted(*training.digits(), num_tasks=tasks, batch_size=32, seed=seed)
 
 
 @functools.cache
@@ -100,7 +100,7 @@ def learned(benchmark: str, name: str, seed: int, weight: float | None = None) -
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             network = MLP([64, *plan.hidden, 10])
-        return training.learn(method, _data(plan.tasks), network, plan.epochs, seed)
+        return training.learn(method, _data(plan.tasks, seed), network, plan.epochs, seed)
 
 
 @functools.cache
@@ -119,16 +119,11 @@ def transfer(benchmark: str, name: str, seeds: Sequence[int]) -> float:
     return statistics.fmean(learned(benchmark, name, seed).transfer for seed in seeds)
 
 
-def nbytes(benchmark: str, name: str) -> int:
-    """Kept after the last task, besides the network."""
-    return int(learned(benchmark, name, 0).nbytes)
-
-
 def one_task_bytes(name: str) -> int:
     """What the method of ``ten`` keeps after a single task."""
     plan = BENCHMARKS["ten"]
     [method] = [each for each in plan.methods if each.name == name]
-    return int(training.learn(method, _data(1), MLP([64, *plan.hidden, 10]), 1, 0).nbytes)
+    return int(training.learn(method, _data(1, 0), MLP([64, *plan.hidden, 10]), 1, 0).nbytes)
 
 
 def table(benchmark: str, seeds: Sequence[int]) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 from lightning_ext.demo import PAGE_STYLE
 from lightning_ext.metrics import ContinualMetrics
 
+NOTHING = 3.0  # where methods stand that keep nothing, in kB
 PALE, INK = "#9aa6b4", "#1d2733"
 KINDS = {"laftr": "#2f7de1", "official": "#c79a12", "stored": "#14a37f", "weights": "#d6456b", "none": "#8a97a6"}
 MARKERS = {"laftr": "o", "official": "D", "stored": "s", "weights": "^", "none": "X"}
@@ -34,8 +35,8 @@ STYLE: dict[str, Any] = {
 def kind(name: str) -> str:
     """Which family a method or an estimator is of."""
     words = {
-        "official": "official", "laftr": "laftr", "same": "laftr", "frozen": "laftr", "NTK": "stored", "exact": "stored",
-        "fine": "none",
+        "official": "official", "laftr": "laftr", "same": "laftr", "frozen": "laftr",
+        "NTK": "stored", "exact": "stored", "fine": "none",
     }  # fmt: skip
     return next((family for word, family in words.items() if word in name), "weights")
 
@@ -54,7 +55,7 @@ def tracking(part: Any, seeds: Sequence[int]) -> Figure:
     with _grid(rows, columns, (14, 2.5 * rows), sharex=True, sharey=True) as (figure, panels):
         tracks = [part.tracked(seed) for seed in seeds]
         for axes, name in zip(panels.flat, part.NAMES, strict=False):
-            axes.axline((1, 1), slope=1, color=PALE, lw=1.2, ls=(0, (4, 3)), zorder=1)
+            axes.axline((0.1, 0.1), (10, 10), color=PALE, lw=1.2, ls=(0, (4, 3)), zorder=1)
             for track, marker in zip(tracks, "osD^vP*X" * len(tracks), strict=False):
                 axes.plot(
                     track.true, track.estimates[name], color=KINDS[kind(name)], marker=marker, ms=2.6, lw=1, alpha=0.85
@@ -80,26 +81,32 @@ def memory(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
         for axes, (benchmark, rows) in zip(panels[0], results.items(), strict=True):
             for row in rows:
                 family = kind(row["method"])
-                x = max(row["bytes"], 1) / 1000
-                x = 3.0 if row["bytes"] == 0 else x
                 axes.errorbar(
-                    x, row["accuracy"], row["std"], color=KINDS[family], marker=MARKERS[family], ms=7, capsize=3
+                    _place(row),
+                    row["accuracy"],
+                    row["std"],
+                    color=KINDS[family],
+                    marker=MARKERS[family],
+                    ms=7,
+                    capsize=3,
                 )
             axes.set(xscale="log", xlabel="kB kept after the last task (nothing: at the left edge)")
             axes.set_title(titles.get(benchmark, benchmark))
             axes.xaxis.set_minor_locator(NullLocator())
-            _label(axes, [(max(row["bytes"] / 1000, 0.001) if row["bytes"] else 3.0, row["accuracy"], row["method"])
-                          for row in rows])  # fmt: skip
+            _label(axes, [(_place(row), row["accuracy"], row["method"]) for row in rows])
         panels[0][0].set_ylabel("average accuracy after the last task")
-        shown = [
-            family for family in KINDS if any(kind(row["method"]) == family for row in next(iter(results.values())))
-        ]
+        present = {kind(row["method"]) for rows in results.values() for row in rows}
         handles = [
             mpl.lines.Line2D([], [], color=KINDS[family], marker=MARKERS[family], lw=0, label=MEANING[family])
-            for family in shown
+            for family in KINDS
+            if family in present
         ]
         figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     return figure
+
+
+def _place(row: Mapping[str, Any]) -> float:
+    return row["bytes"] / 1000 or NOTHING
 
 
 def _label(axes: Any, points: Sequence[tuple[float, float, str]]) -> None:

@@ -1,4 +1,4 @@
-"""Experiment R1 of the LAFTR reproduction: every estimator against the true distance, while a second task is learned."""
+"""Experiment R1 of the LAFTR reproduction: estimates against the true distance, while a second task is learned."""
 
 import dataclasses
 import functools

@@ -96,14 +96,14 @@ def tracking_claims(seeds: Sequence[int]) -> Iterator[Claim]:
 
 
 def _at_least(
-    benchmark: str, seeds: Sequence[int], ours: Sequence[str], than: str, by: float, figures: dict[str, Any] | None = None
+    benchmark: str, seeds: Sequence[int], ours: Sequence[str], than: str, by: float
 ) -> Outcome:  # fmt: skip
     """Whether all of ours reach the accuracy of another method plus a margin."""
     part = _part("continual")
     accuracy = {name: part.accuracy(benchmark, name, seeds) for name in (*ours, than)}
     told = ", ".join(f"{value:.3f} {name}" for name, value in accuracy.items())
     holds = all(accuracy[name] >= accuracy[than] + by for name in ours)
-    return Outcome(told, holds, seeds=seeds, figures=figures or {})
+    return Outcome(told, holds, seeds=seeds)
 
 
 def five_task_claims(seeds: Sequence[int], output_dir: Path) -> Iterator[Claim]:
@@ -154,7 +154,7 @@ def ten_task_claims(seeds: Sequence[int], output_dir: Path) -> Iterator[Claim]:
     def merged() -> Outcome:
         name = "the same, merge"
         found, once = at_least([name], "online EWC", 0.0), part.one_task_bytes(name)
-        kept = part.nbytes("ten", name)
+        kept = part.learned("ten", name, seeds[0]).nbytes
         results = {benchmark: part.table(benchmark, seeds) for benchmark in part.BENCHMARKS}
         write_json(output_dir / "laftr_ten_tasks.json", results["ten"])
         draw = _part("figures")
