@@ -322,6 +322,8 @@ def test_an_estimator_of_ones_own():
     net = network()
     estimator = Largest().fit(net, batches())
     assert estimator.distance(shifted(net)).item() == pytest.approx(2.0)
+    half = net.bfloat16()
+    assert Largest().fit(half, [batches()[0][0].bfloat16()]).distance(shifted(half)).dtype == torch.float32
     with pytest.raises(NotImplementedError, match="Largest cannot merge two tasks"):
         estimator.absorb(estimator)
 

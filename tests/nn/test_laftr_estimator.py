@@ -226,6 +226,21 @@ def test_pooled_tasks_share_the_samples_and_are_unbiased():
         assert pooled == pytest.approx(expected, rel=0.02), mode
 
 
+@pytest.mark.parametrize("mode", ["relu", "sample"])
+def test_pooled_tasks_draw_apart_and_anew(mode):
+    net = network()
+    other = moved(net)
+    parts = [fitted("laftr-" + mode, net, num_samples=size) for size in (60, 60)]
+    pooled = LAFTREstimator.pool(parts)
+    values = [pooled.distance(other).item() for _ in range(2)]
+    assert values[0] != values[1]
+    alone = fitted("laftr-" + mode, net, num_samples=30)
+    alone.reseed(0)
+    assert values[0] != pytest.approx(alone.distance(other).item(), rel=1e-6)  # as if both drew the same
+    pooled.reseed(0)
+    assert pooled.distance(other).item() == values[0]
+
+
 def test_a_reference_of_half_precision_takes_half_the_memory():
     net = network().float()
     data = [(x.float(), labels) for x, labels in batches()]
