@@ -77,6 +77,7 @@ from lightning_ext.functional.laftr_continual import (
     learning_accuracy,
 )
 from lightning_ext.functional.laftr_hessians import class_hessians
+from lightning_ext.functional.laftr_loss import DivergenceLoss
 from lightning_ext.functional.laftr_mean_gate import mean_gate_distance, mean_gate_moments
 from lightning_ext.functional.laftr_moments import OutputMoments, ReferenceMoments, joint_moments, moment_distance
 from lightning_ext.functional.layer_gradients import ExplicitRows, GradientBlock, LayerGradients, OuterProducts
@@ -135,7 +136,7 @@ from lightning_ext.functional.mrvae_moments import (
 from lightning_ext.functional.neumann_series import lissa, lissa_scale, neumann, power_iteration
 from lightning_ext.functional.output_loss_protocol import OutputLoss, exponential_remainder, log_partition_divergence
 from lightning_ext.functional.output_losses import CallableLoss, SoftmaxCrossEntropy, output_loss
-from lightning_ext.functional.parameters import ParameterView
+from lightning_ext.functional.parameters import ParameterView, Substitution
 from lightning_ext.functional.per_sample import SampleGradients, per_sample_gradients
 from lightning_ext.functional.sketch import Projection
 from lightning_ext.functional.solvers import block_cg, cg, direct, direct_dual, normal_cg
@@ -148,6 +149,7 @@ __all__ = [
     "ConvergenceWarning",
     "CurvatureOperator",
     "DataTerm",
+    "DivergenceLoss",
     "EmbeddingRows",
     "EmpiricalFisherOperator",
     "ExplicitRows",
@@ -197,6 +199,7 @@ __all__ = [
     "SoftmaxCrossEntropy",
     "SolveInfo",
     "SquaredError",
+    "Substitution",
     "active_units",
     "apply_preconditioner",
     "at_least_float32",

@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_ext.functional.batches import batch_size, concatenate, differentiable, select
 from lightning_ext.functional.output_losses import OutputLoss, SoftmaxCrossEntropy, output_loss
-from lightning_ext.functional.parameters import ParameterView
+from lightning_ext.functional.parameters import ParameterView, Substitution
 
 __all__ = ["InfluenceObjective", "batch_size", "concatenate", "differentiable", "evaluating", "select"]
 
@@ -64,17 +64,6 @@ def _every_derivative(module: nn.Module, device: torch.device) -> Iterator[None]
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
-
-
-class _Forward(nn.Module):
-    """A module whose call is the objective's forward, so that functional_call swaps parameters around all of it."""
-
-    def __init__(self, module: nn.Module, forward: Callable[[nn.Module, Any], Tensor]) -> None:
-        super().__init__()
-        self.module, self._outputs = module, forward
-
-    def forward(self, batch: Any) -> Tensor:
-        return self._outputs(self.module, batch)
 
 
 class InfluenceObjective:
@@ -159,16 +148,14 @@ class InfluenceObjective:
                 :meth:`outputs`, or if there are not as many outputs as samples.
         """
         _require_evaluation(module)
-        size, forward = batch_size(batch), _Forward(module, self.outputs)
-        forward.training = False
+        size, substitution = batch_size(batch), Substitution(module)
         with differentiable(batch) as plain:
             pass
 
         def function(params: Mapping[str, Tensor]) -> Tensor:
             _require_evaluation(module)  # again: the module may have been put back since
-            replaced = {f"module.{name}": value for name, value in params.items()}
-            with _every_derivative(module, view.device):
-                outputs: Tensor = torch.func.functional_call(forward, replaced, (plain,))
+            with _every_derivative(module, view.device), substitution(params):
+                outputs = self.outputs(module, plain)
             if len(outputs) != size:
                 raise ValueError(f"a batch of {size} samples must give {size} outputs; got {tuple(outputs.shape)}.")
             return outputs

@@ -130,6 +130,10 @@ class ExplicitRows(GradientBlock):
         """Any tensor of the gradients' dtype and device."""
         return self.rows[0]
 
+    def is_finite(self) -> bool:
+        """Whether all rows are."""
+        return all(bool(rows.sum().isfinite()) for rows in self.rows)
+
 
 @dataclass(frozen=True)
 class OuterProducts(GradientBlock):

@@ -1,13 +1,15 @@
 """The chosen parameters of a module as one flat vector."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ParameterView"]
+__all__ = ["ParameterView", "Substitution"]
 
 
 class ParameterView:
@@ -117,3 +119,46 @@ def _chosen(module: nn.Module, include: str | None) -> dict[str, nn.Parameter]:
         for parameter, aliases in names.items()
         if include is None or any(re.search(include, alias) for alias in aliases)
     }
+
+
+class Substitution:
+    """Runs a module with other tensors in the places of its parameters and buffers.
+
+    Unlike ``torch.func.functional_call`` it leaves a module as it was that is registered under two names, and swaps a
+    parameter that several modules share in all of them.
+
+    Args:
+        module: the module.
+
+    >>> layer = nn.Linear(1, 1, bias=False)
+    >>> with Substitution(layer)({"weight": torch.tensor([[3.0]])}):
+    ...     layer(torch.ones(1, 1)).item()
+    3.0
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._places: dict[str, list[tuple[dict[str, Any], str]]] = {}
+        first: dict[int, str] = {}
+        for prefix, part in module.named_modules():
+            for store in (part._parameters, part._buffers):
+                for attribute, value in store.items():
+                    if value is not None:
+                        name = first.setdefault(id(value), f"{prefix}.{attribute}" if prefix else attribute)
+                        self._places.setdefault(name, []).append((store, attribute))
+
+    @contextmanager
+    def __call__(self, values: Mapping[str, Tensor]) -> Iterator[None]:
+        """Hold values by name, those of ``named_parameters`` and ``named_buffers``; put the module's own back.
+
+        Raises:
+            KeyError: For a name that the module does not have.
+        """
+        before = [(store, key, store[key]) for name in values for store, key in self._places[name]]
+        try:
+            for name, value in values.items():
+                for store, key in self._places[name]:
+                    store[key] = value
+            yield
+        finally:
+            for store, key, own in before:
+                store[key] = own

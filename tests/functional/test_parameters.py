@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_ext.functional import ParameterView
+from lightning_ext.functional import ParameterView, Substitution
 
 
 class Tied(nn.Module):
@@ -95,3 +95,31 @@ def test_flatten_works_inside_transforms():
 def test_what_does_not_fit_is_refused(call, match):
     with pytest.raises(ValueError, match=match):
         call()
+
+
+def test_a_module_registered_twice_is_substituted_and_left_as_it_was():
+    layer = nn.Linear(2, 2)
+    module = nn.Sequential(layer, nn.Tanh(), layer)
+    own = dict(module.named_parameters())
+    x, values = torch.randn(3, 2), {name: torch.randn_like(value) for name, value in own.items()}
+    with Substitution(module)(values):
+        found = module(x)
+    expected = x
+    for step in (torch.tanh, lambda y: y):
+        expected = step(expected @ values["0.weight"].mT + values["0.bias"])
+    torch.testing.assert_close(found, expected)
+    assert all(now is own[name] for name, now in module.named_parameters())
+    assert isinstance(layer.weight, nn.Parameter)
+
+
+def test_a_shared_parameter_is_substituted_everywhere_and_put_back_after_an_error():
+    first, second = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
+    second.weight = first.weight
+    module = nn.Sequential(first, second)
+    with pytest.raises(ZeroDivisionError), Substitution(module)({"0.weight": torch.zeros(2, 2)}):
+        assert not module(torch.ones(1, 2)).any()
+        raise ZeroDivisionError
+    assert second.weight is first.weight
+    assert isinstance(first.weight, nn.Parameter)
+    with pytest.raises(KeyError), Substitution(module)({"1.weight": torch.zeros(2, 2)}):
+        pass
