@@ -12,6 +12,7 @@ __all__ = ["LinearizedBatch", "LinearizedGradient", "PullBack"]
 
 _TRACED_AFTER = 16  # products with a convolution by which tracing has paid for itself
 _ACCELERATOR_BYTES = 2**30  # what intermediate results of rows that go through an accelerator together may take
+_HIDDEN = 4  # times the parameters' size, a guess at what is saved where it cannot be counted
 _CPU_BYTES, _CPU_ROWS = 2**23, 64  # on a CPU they must stay in its cache, or rows are faster one by one
 
 
@@ -44,12 +45,14 @@ def _saved_bytes(function: Function, params: Mapping[str, Tensor]) -> int:
         sizes[storage.data_ptr()] = storage.nbytes()
         return x
 
-    with (
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        torch.autograd.graph.saved_tensors_hooks(note, lambda x: x),
-    ):
-        function(params)
+    hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda x: x)
+    try:
+        with torch.inference_mode(False), torch.enable_grad(), hooks:
+            function(params)
+    except RuntimeError as error:  # a function with transforms of its own does not show what it saves
+        if "saved tensor hooks" not in str(error):
+            raise
+        return _HIDDEN * sum(value.nbytes for value in params.values())
     return sum(size for place, size in sizes.items() if place not in own)
 
 

@@ -5,6 +5,7 @@ from lightning_ext.modules.influence import InfluenceModule
 from lightning_ext.modules.influence_gaps import InfluenceGapAnalyzer, InfluenceGaps
 from lightning_ext.modules.influence_pbrf import PBRFModule
 from lightning_ext.modules.influence_response import ResponseModule
+from lightning_ext.modules.laftr import LAFTRInfluence
 from lightning_ext.modules.mrvae import AtBeta, MultiRateMixin, MultiRateVAE
 from lightning_ext.modules.mrvae_base import BaseVAE, RateDistortion
 from lightning_ext.modules.mrvae_baselines import GECOVAE, BetaVAE, FreeBitsVAE, SigmaVAE
@@ -21,6 +22,7 @@ __all__ = [
     "InfluenceGapAnalyzer",
     "InfluenceGaps",
     "InfluenceModule",
+    "LAFTRInfluence",
     "MultiRateMixin",
     "MultiRateVAE",
     "PBRFModule",

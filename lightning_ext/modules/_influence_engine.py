@@ -39,6 +39,7 @@ from lightning_ext.modules._influence_inverse import (
     build_inverse,
     chosen_solver,
 )
+from lightning_ext.modules._influence_source import CurvatureSource
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,14 +94,17 @@ class Engine:
         options: what the user chose.
         rank: this process.
         world: number of processes that work together; they call every method together.
+        source: where the curvature comes from; default the module on the data.
     """
 
     def __init__(
         self, base: nn.Module, objective: InfluenceObjective, view: ParameterView, shard: Shard, options: Options,
-        rank: int = 0, world: int = 1,
+        rank: int = 0, world: int = 1, source: CurvatureSource | None = None,
     ) -> None:  # fmt: skip
         self.base, self.objective, self.view, self.shard, self.options = base, objective, view, shard, options
         self.rank, self.world, self.num_samples = rank, world, shard.num_samples
+        self.source = source or CurvatureSource(base, objective, shard, shard.num_samples)
+        self.num_train = self.source.num_train
         self.losses = SampleGradients(base, objective, view)
         self.measurements = SampleGradients(base, objective, view, quantity="measurement")
         self.report: dict[str, Any] = {}
@@ -127,6 +131,7 @@ class Engine:
             "module": hashlib.sha256(repr(self.base).encode()).hexdigest()[:16],
             "parameters": state_of(self.base),
             "data": self._data(),
+            **({} if self.source.name is None else {"curvature_of": self.source.name}),
         }
 
     def _data(self) -> str:
@@ -176,12 +181,12 @@ class Engine:
         return self.world > 1 and self.inverse.collective
 
     def _build(self) -> Inverse:
-        o = self.options
+        o, source = self.options, self.source
         reduce = self._sum if self.world > 1 else None
         kind = OPERATORS[o.curvature]
         operator = kind(
-            self.base, self.objective, self.shard, self.view, num_samples=self.num_samples, reduce=reduce,
-            cache_bytes=o.cache_bytes,
+            source.module, source.objective, source.shard, self.view, num_samples=source.shard.num_samples,
+            reduce=reduce, cache_bytes=o.cache_bytes,
         )  # fmt: skip
         bar = tqdm(desc="curvature", unit=" products", leave=False, delay=2, disable=None if self.rank == 0 else True)
 
@@ -191,27 +196,27 @@ class Engine:
 
         outputs, damping = self._outputs(), self._damping(operator)
         problem = Problem(
-            module=self.base, objective=self.objective, view=self.view, shard=self.shard,
-            curvature=o.curvature, operator=operator, product=product,
+            module=source.module, objective=source.objective, view=self.view, shard=source.shard,
+            curvature=o.curvature, semidefinite=source.semidefinite, operator=operator, product=product,
             outputs=outputs, damping=damping, rank=o.rank, tol=o.tol, max_iterations=o.max_iterations, seed=o.seed,
             reduce=reduce, rank_of_process=self.rank, world=self.world,
         )  # fmt: skip
         method = chosen_solver(o.solver, problem)
-        if damping == 0 and not INVERSES[method].data_free and self.view.numel > self.num_samples * outputs:
+        if damping == 0 and not INVERSES[method].data_free and self.view.numel > source.shard.num_samples * outputs:
             raise ValueError(
                 f"damping and weight_decay are 0, and with {self.view.numel} parameters the curvature of "
-                f"{self.num_samples} samples is singular. Give a positive damping."
+                f"{source.shard.num_samples} samples is singular. Give a positive damping."
             )
         inverse = build_inverse(method, problem)
         self.report |= {
-            "solver": method, "curvature": o.curvature, "damping": damping, "samples": self.num_samples,
+            "solver": method, "curvature": o.curvature, "damping": damping, "samples": source.shard.num_samples,
             "parameters": self.view.numel, **inverse.facts,
         }  # fmt: skip
         return inverse
 
     def _outputs(self) -> int:
         with torch.no_grad():
-            outputs = self.objective.outputs(self.base, self.shard.get([0]))
+            outputs = self.source.objective.outputs(self.source.module, self.source.shard.get([0]))
         return int(outputs[0].numel())
 
     def _damping(self, operator: Any) -> float:
@@ -220,7 +225,7 @@ class Engine:
             if self.options.curvature == "hessian":
                 raise ValueError("damping='auto' is a tenth of the mean eigenvalue, which a Hessian may have below 0.")
             traces = operator.per_sample_traces().sum()
-            chosen = 0.1 * float(self._sum(traces)) / self.num_samples / self.view.numel
+            chosen = 0.1 * float(self._sum(traces)) / self.source.shard.num_samples / self.view.numel
         return float(chosen) + self.options.weight_decay
 
     def solve(self, rows: Tensor) -> Tensor:
@@ -295,9 +300,9 @@ class Engine:
         """Removal effects ``(Q, B)`` of a batch, from the measurements' gradients and these solved."""
         o = self.options
         if not o.rescale and o.normalize is None:
-            return self.losses.project(batch, solved) / self.num_samples
+            return self.losses.project(batch, solved) / self.num_train
         gradients, moves = self._moves(batch)
-        scores = influence_scores(queries, moves, self.num_samples)
+        scores = influence_scores(queries, moves, self.num_train)
         if o.normalize is None:
             return scores
         return relative_influence(
@@ -330,7 +335,7 @@ class Engine:
         size = batch_size(batch)
         with evaluating(self.base):
             rows = GGNOperator(self.base, self.objective, [batch], self.view, num_samples=size).square_root_rows()
-        return rows.view(-1, size, self.view.numel).transpose(0, 1) * math.sqrt(size / self.num_samples)
+        return rows.view(-1, size, self.view.numel).transpose(0, 1) * math.sqrt(size / self.num_train)
 
     def leave_out(self, groups: Sequence[Sequence[int]], queries: Tensor, rescale: bool) -> Tensor:
         """Effects ``(Q, len(groups))`` of removing groups of samples."""
@@ -348,8 +353,8 @@ class Engine:
             if rescale:
                 factor = self.factors(batch).flatten(0, 1)
                 solved = self.solve_replicated(torch.cat([gradient, factor]))
-                step = leave_out_step(solved[0], factor, solved[1:], self.num_samples)
+                step = leave_out_step(solved[0], factor, solved[1:], self.num_train)
             else:
-                step = self.solve_replicated(gradient)[0] / self.num_samples
+                step = self.solve_replicated(gradient)[0] / self.num_train
             columns.append(queries @ step)
         return torch.stack(columns, dim=1) if columns else queries.new_zeros(len(queries), 0)

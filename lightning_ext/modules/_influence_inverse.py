@@ -52,6 +52,7 @@ class Problem:
     view: ParameterView
     shard: Shard
     curvature: str
+    semidefinite: bool  # whether a Hessian is known to be
     operator: Any  # of the kind that OPERATORS says
     product: Callable[[Tensor], Tensor]  # the operator's, with a bar that counts
     outputs: int  # numbers in one sample's outputs
@@ -63,6 +64,11 @@ class Problem:
     reduce: Callable[[Tensor], Tensor] | None = None
     rank_of_process: int = 0
     world: int = 1
+
+    @property
+    def indefinite(self) -> bool:
+        """Whether there may be negative eigenvalues."""
+        return self.curvature == "hessian" and not self.semidefinite
 
     def damped(self, rows: Tensor) -> Tensor:
         """K times rows."""
@@ -368,10 +374,12 @@ def chosen_solver(solver: str, problem: Problem) -> str:
     if solver != "auto":
         return solver
     size = problem.view.numel
-    if problem.curvature == "hessian":
+    if problem.indefinite:
         return "normal_cg"
     if size <= DENSE_LIMIT:
         return "direct"
+    if problem.curvature == "hessian":
+        return "block_cg"
     if problem.world == 1 and problem.shard.num_samples * problem.outputs <= DUAL_LIMIT and problem.damping > 0:
         return "dual"
     blocks = 4 * problem.rank * size * problem.operator.dtype.itemsize
@@ -383,9 +391,14 @@ def build_inverse(method: str, problem: Problem) -> Inverse:
     kind = INVERSES[method]
     curvature = problem.curvature
     only_ggn = ("ekfac", "kfac", "trak")
+    if problem.semidefinite and method in ("dual", "lissa", *only_ggn):
+        raise ValueError(
+            f"solver={method!r} takes the curvature of single samples, of which there are none here: use 'direct', "
+            "'block_cg' or 'nystrom_cg'."
+        )
     if curvature != "ggn" and method in only_ggn:
         raise ValueError(f"solver={method!r} is built on the Gauss-Newton matrix; curvature is {curvature!r}.")
-    if curvature == "hessian" and method not in ("direct", "cg", "normal_cg", "identity"):
+    if problem.indefinite and method not in ("direct", "cg", "normal_cg", "identity"):
         raise ValueError(
             f"solver={method!r} needs a positive definite operator, which a network's Hessian is not. Use 'normal_cg', "
             "or the curvature 'ggn'."

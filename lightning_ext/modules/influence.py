@@ -15,6 +15,7 @@ from lightning_ext.functional import InfluenceObjective, ParameterView, batch_si
 from lightning_ext.modules._influence_data import Shard, plain
 from lightning_ext.modules._influence_engine import Engine, Options, state_of
 from lightning_ext.modules._influence_identity import digest
+from lightning_ext.modules._influence_source import CurvatureSource
 
 __all__ = ["InfluenceModule"]
 
@@ -330,13 +331,23 @@ class InfluenceModule(LightningModule):
                 "'bf16-mixed' in the Trainer that predicts."
             )
         shard = Shard(loader, lambda batch: plain(batch, view.device, view.dtype), rank, world)
-        about = (view.names, view.device, self.objective, self.options, state_of(self.base))
+        about = (view.names, view.device, self.objective, self.options, state_of(self.base), self._source_state())
         key = (id(shard.dataset), shard.batch_size, rank, world, *about)
         if self._engine is None or key != self._key:
-            self._engine, self._key = Engine(self.base, self.objective, view, shard, self.options, rank, world), key
+            source = self._source(view, rank, world)
+            self._engine = Engine(self.base, self.objective, view, shard, self.options, rank, world, source)
+            self._key = key
         return self._engine
 
-    def _gradients_of_queries(self, engine: Engine) -> Tensor:
+    def _source(self, view: ParameterView, rank: int, world: int) -> CurvatureSource | None:
+        """Where the curvature comes from; None for the base on the data set itself."""
+        return None
+
+    def _source_state(self) -> Any:
+        """What the curvature depends on beside the base and the data set."""
+        return None
+
+    def _query_batches(self, engine: Engine) -> list[Any]:
         if self.queries is None:
             raise ValueError("queries is None: give InfluenceModule the batches at which the measurement is taken.")
         sampler = getattr(getattr(self.queries, "batch_sampler", None), "sampler", None)
@@ -345,7 +356,10 @@ class InfluenceModule(LightningModule):
                 f"The queries' loader draws its samples ({type(sampler).__name__}), which leaves nobody to say whose "
                 "row of the scores is whose. Use shuffle=False and no sampler."
             )
-        batches = [plain(batch, engine.view.device, engine.view.dtype) for batch in self.queries]
+        return [plain(batch, engine.view.device, engine.view.dtype) for batch in self.queries]
+
+    def _gradients_of_queries(self, engine: Engine) -> Tensor:
+        batches = self._query_batches(engine)
         self._asked = digest(batches)
         return engine.query_gradients(batches)
 

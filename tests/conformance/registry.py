@@ -28,6 +28,7 @@ NOT_COMPONENTS = {
     "IndexedDataset": "wraps a dataset; tests/data/test_indexed.py iterates loaders over it",
     "IndexedBatch": "a named tuple that a loader over IndexedDataset gives",
     "InfluenceModule": "it predicts and is not trained; tests/modules/test_influence*.py run it through the Trainer",
+    "LAFTRInfluence": "it predicts and is not trained; tests/modules/test_laftr.py runs it through the Trainer",
     "CIFARImages": "its files cannot be shipped; tests/data/test_cifar.py reads files that it writes",
     "CIFARLayout": "a description of a file format; tests/data/test_cifar.py reads both",
     "RowStore": "a file format; tests/data/test_row_store.py kills a writer and reopens its table",
