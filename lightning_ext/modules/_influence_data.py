@@ -6,7 +6,14 @@ from typing import Any
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, Subset
+from torch.utils.data import (
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    Subset,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 from lightning_ext._lightning import MisconfigurationException
 
@@ -41,6 +48,7 @@ class Shard:
         self.num_samples = len(self.dataset)
         if self.num_samples == 0:
             raise ValueError("The loader's data set is empty.")
+        _refuse_choosing(getattr(loader.batch_sampler, "sampler", loader.sampler), self.num_samples)
         if loader.batch_sampler is None:
             raise MisconfigurationException(
                 "With batch_size=None the data set gives whole batches, in which no sample has a position. Pass a "
@@ -77,3 +85,14 @@ class Shard:
                 f"Samples must lie in 0 to {self.num_samples - 1}, at least one; got {list(indices)[:20]}."
             )
         return self._move(next(iter(self._loader(list(indices), batch_size=len(indices)))))
+
+
+def _refuse_choosing(sampler: Any, num_samples: int) -> None:
+    """Samplers that leave samples out, or repeat them, would have another data set scored than was trained on."""
+    sampler = getattr(getattr(sampler, "dataset", None), "_sampler", sampler)  # what Lightning wraps for ranks
+    drawn = isinstance(sampler, RandomSampler) and (sampler.replacement or sampler.num_samples != num_samples)
+    if drawn or isinstance(sampler, SubsetRandomSampler | WeightedRandomSampler):
+        raise MisconfigurationException(
+            f"Influence is that of a whole data set, and the loader's {type(sampler).__name__} takes {len(sampler)} of "
+            f"its {num_samples} samples. Pass a loader over torch.utils.data.Subset(dataset, positions)."
+        )

@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset, WeightedRandomSampler
+from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, TensorDataset, WeightedRandomSampler
 
 from lightning_ext._lightning import MisconfigurationException
 from lightning_ext.functional import ConvergenceWarning, InfluenceObjective
@@ -150,6 +150,26 @@ def test_queries_that_are_drawn_are_refused(sampler):
     module = InfluenceModule(network(4, 5, 3), queries=queries, damping=0.1)
     with pytest.raises(MisconfigurationException, match=f"{type(sampler).__name__}.*no sampler"):
         module.scores(loader(classes()))
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [SubsetRandomSampler(range(4)), WeightedRandomSampler(torch.ones(N), N), RandomSampler(range(N), num_samples=4)],
+)
+@pytest.mark.parametrize("way", ["scores", "predict"])
+def test_samplers_that_choose_are_refused(sampler, way):
+    module = InfluenceModule(network(4, 5, 3), queries=ref.queries(), damping=0.1)
+    chosen = DataLoader(classes(), batch_size=4, sampler=sampler)
+    with pytest.raises(
+        MisconfigurationException, match=f"{type(sampler).__name__} takes .* of its {N} samples.*Subset"
+    ):
+        module.scores(chosen) if way == "scores" else predict(module, chosen)
+
+
+def test_a_shuffling_loader_is_the_whole_data_set():
+    module = InfluenceModule(network(4, 5, 3), queries=ref.queries(), damping=0.1)
+    shuffled = module.scores(DataLoader(classes(), batch_size=5, shuffle=True))
+    torch.testing.assert_close(shuffled, module.scores(loader(classes())))
 
 
 def test_lanczos_without_damping_is_refused():
