@@ -35,7 +35,8 @@ class _Empty(types.ModuleType):
     def __getattr__(self, name: str) -> type:
         if name.startswith("__"):
             raise AttributeError(name)
-        return type(name, (), {"__init__": lambda self, *_, **__: None})
+        setattr(self, name, type(name, (), {"__init__": lambda self, *_, **__: None}))
+        return vars(self)[name]
 
 
 class _StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):

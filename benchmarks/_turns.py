@@ -71,11 +71,9 @@ class _Pauses(pl.Callback):
     def __init__(self, turns: Turns) -> None:
         self.turns = turns
 
-    def on_train_batch_start(self, trainer: pl.Trainer, *args: object) -> int | None:
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: object) -> None:
         if self.turns.pause():
-            trainer.should_stop = True
-            return -1
-        return None
+            trainer.should_stop = True  # after this step
 
 
 def fitting(

@@ -1,29 +1,16 @@
 """The rivals of the LAFTR benchmark compute what their papers say."""
 
 import copy
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
-
-
-@pytest.fixture(autouse=True)
-def scripts(monkeypatch):
-    """Benchmarks import their neighbours by bare names."""
-    pytest.importorskip("sklearn")
-    monkeypatch.syspath_prepend(str(FOLDER))
-    yield
-    for name in [name for name, module in sys.modules.items() if str(FOLDER) in str(getattr(module, "__file__", ""))]:
-        del sys.modules[name]
-
 
 @pytest.fixture
 def rivals(scripts):
+    pytest.importorskip("sklearn")
     import _laftr_rivals
 
     return _laftr_rivals
@@ -31,6 +18,7 @@ def rivals(scripts):
 
 @pytest.fixture
 def problem(scripts):
+    pytest.importorskip("sklearn")
     import _laftr_problem
 
     return _laftr_problem
