@@ -36,7 +36,7 @@ def kind(name: str) -> str:
     """Which family a method or an estimator is of."""
     words = {
         "official": "official", "laftr": "laftr", "same": "laftr", "frozen": "laftr",
-        "NTK": "stored", "exact": "stored", "fine": "none",
+        "influence, exact": "stored", "NTK": "stored", "exact": "stored", "fine": "none",
     }  # fmt: skip
     return next((family for word, family in words.items() if word in name), "weights")
 
@@ -133,4 +133,43 @@ def matrices(part: Any, seed: int) -> Figure:
             ContinualMetrics(len(values["cl/matrix"])).plot(values, ax=axes)
             axes.set_title(f"{name}: {axes.get_title()}", loc="left", fontsize=10.5)
             axes.set_title("", loc="center")
+    return figure
+
+
+SCORES = {
+    "exact Gauss-Newton": (INK, "-"), "laftr-relu by class": ("#2f7de1", "-"),
+    "laftr-sample by class": ("#8f63e0", "-."),
+    "diagonal Gauss-Newton": ("#d6456b", "--"), "gradient norm": ("#c79a12", ":"), "training loss": ("#14a37f", "--"),
+}  # fmt: skip
+
+
+def detection(found: Sequence[Any]) -> Figure:
+    """Share of the wrong labels found against the share inspected, means over the seeds."""
+    inspected = np.linspace(0, 0.4, 201)
+    with _grid(1, 1, (7, 4.6)) as (figure, ((axes,),)):
+        share = float(found[0].wrong.double().mean())
+        axes.plot([0, share, 1], [0, 1, 1], color=PALE, lw=1.2, zorder=1, label="perfect order")
+        for name, (colour, dashes) in SCORES.items():
+            curves = [one.detection(name) for one in found]
+            values = [np.interp(inspected, curve["inspected"].numpy(), curve["found"].numpy()) for curve in curves]
+            area = statistics.fmean(float(curve["auc"]) for curve in curves)
+            axes.plot(inspected, np.mean(values, 0), color=colour, ls=dashes, lw=1.6, label=f"{name}, AUC {area:.3f}")
+        axes.set(xlabel="fraction of samples inspected", ylabel="fraction of wrong labels found", xlim=(0, 0.4))
+        axes.set_title(f"Digits, {100 * share:.0f} % of the labels wrong, {len(found)} seeds")
+        axes.legend(loc="lower right")
+    return figure
+
+
+def removal(results: Sequence[Any], names: Sequence[str]) -> Figure:
+    """The actual effect of removing a sample against each prediction, in ranks."""
+    with _grid(2, 3, (11, 7), sharex=True, sharey=True) as (figure, panels):
+        for axes, name in zip(panels.flat, names, strict=True):
+            for one, marker in zip(results, "osD^vP*X" * len(results), strict=False):
+                ranks = [values.argsort().argsort().numpy() + 1 for values in (one.predicted[name], one.actual)]
+                axes.scatter(*ranks, s=20, marker=marker, color=KINDS[kind(name)], alpha=0.75, lw=0, zorder=3)
+            axes.axline((0, 0), slope=1, color=PALE, lw=1.2, ls=(0, (4, 3)), zorder=1)
+            mean = statistics.fmean(one.correlation(name) for one in results)
+            axes.set_title(f"{name}: Spearman {mean:.2f}")
+        figure.supxlabel("rank of the predicted effect on the mean test loss")
+        figure.supylabel("rank of the actual effect, PBRF on the data")
     return figure

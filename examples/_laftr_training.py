@@ -136,6 +136,12 @@ def learn(
     return Run(turns.metric.compute(), nbytes, time.perf_counter() - start)
 
 
+def fit(module: pl.LightningModule, loader: Any, epochs: int) -> None:
+    """Train with an ordinary Trainer."""
+    with quiet(), one_thread():
+        pl.Trainer(max_epochs=epochs, accelerator="cpu", **SILENT).fit(module, loader)
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keep Lightning's notes about devices, loggers and loader workers out of many short runs."""
@@ -148,6 +154,7 @@ def quiet() -> Iterator[None]:
             warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
             warnings.filterwarnings("ignore", message=".*GPU available but not used")
             warnings.filterwarnings("ignore", message=".*The number of training batches .* is smaller")
+            warnings.filterwarnings("ignore", message=".*but have no `val(idation_step|_dataloader)`")
             yield
     finally:
         logger.setLevel(level)

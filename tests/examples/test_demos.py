@@ -11,7 +11,12 @@ from lightning_ext.demo import demo
 
 ROOT = Path(__file__).resolve().parents[2]
 TILES = sorted((ROOT / "examples").glob("*_demo.py"))
-SHORT = {"apo": {"EPOCHS": 2}, "influence": {"NUM_TRAIN": 200, "FLIPPED": 20}, "mrvae": {"EPOCHS": 2}}
+SHORT = {
+    "apo": {"EPOCHS": 2},
+    "influence": {"NUM_TRAIN": 200, "FLIPPED": 20},
+    "laftr": {"EPOCHS": 1},
+    "mrvae": {"EPOCHS": 2},
+}
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("LIGHTNING_EXT_BACKEND", "pytorch_lightning") != "pytorch_lightning",
