@@ -251,6 +251,7 @@ class SampleGradients:
         names = [name for layer in recorder.recorded for name in layer.parameters]
         parameters = [self.module.get_parameter(name) for name in names]
         alone = self.objective.outputs(self.module, select(batch, [last]))
+        _require_apart(outputs[last : last + 1].detach(), alone.detach())
         truth = torch.autograd.grad(alone, parameters, cotangent[last].reshape(alone.shape), materialize_grads=True)
         _compare(names, ours, [g.flatten() for g in truth])
         self._checked.add(shapes)
@@ -258,6 +259,15 @@ class SampleGradients:
 
 class _UnexplainedError(Exception):
     """The layers do not explain the gradients; the message says where."""
+
+
+def _require_apart(among_others: Tensor, alone: Tensor) -> None:
+    tolerance = torch.finfo(alone.dtype).eps ** 0.4
+    if among_others.shape == alone.shape and (among_others - alone).norm() > tolerance * (1e-3 + alone.norm()):
+        raise ValueError(
+            "a sample's outputs are others when it is alone than in its batch: BatchNorm without running statistics, "
+            "say, lets samples meet, or the network draws random numbers. A single sample then has no gradient."
+        )
 
 
 def _compare(names: list[str], ours: list[Tensor], truth: list[Tensor]) -> None:

@@ -39,7 +39,11 @@ OPERATORS: dict[str, type[CurvatureOperator]] = {
     "hessian": HessianOperator,
     "empirical_fisher": EmpiricalFisherOperator,
 }
-DENSE_LIMIT, DUAL_LIMIT = 3000, 4000  # parameters, and samples times outputs, up to which "auto" forms a matrix
+DENSE_LIMIT, DUAL_LIMIT, DUAL_WORK = (
+    3000,
+    4000,
+    10**11,
+)  # parameters, and samples times outputs, up to which "auto" forms a matrix
 BLOCK_BYTES = 2**31  # what the blocks of one solve may take; more right-hand sides are solved one part after the other
 
 
@@ -138,7 +142,7 @@ class Direct(Inverse):
 
     def solve(self, rows: Tensor) -> tuple[Tensor, SolveInfo | None]:
         """Solve by Cholesky factors."""
-        return direct(self.matrix, rows)
+        return direct(self.matrix, rows, tol=self.problem.tol)
 
 
 class Dual(Inverse):
@@ -152,7 +156,7 @@ class Dual(Inverse):
 
     def solve(self, rows: Tensor) -> tuple[Tensor, SolveInfo | None]:
         """Solve by Cholesky factors."""
-        return direct_dual(self.factor, rows, self.problem.damping)
+        return direct_dual(self.factor, rows, self.problem.damping, tol=self.problem.tol)
 
 
 class ConjugateGradients(Inverse):
@@ -380,10 +384,17 @@ def chosen_solver(solver: str, problem: Problem) -> str:
         return "direct"
     if problem.curvature == "hessian":
         return "block_cg"
-    if problem.world == 1 and problem.shard.num_samples * problem.outputs <= DUAL_LIMIT and problem.damping > 0:
+    if problem.world == 1 and problem.damping > 0 and _dual_pays(problem.shard.num_samples * problem.outputs, problem):
         return "dual"
     blocks = 4 * problem.rank * size * problem.operator.dtype.itemsize
     return "block_cg" if blocks <= BLOCK_BYTES else "ekfac"
+
+
+def _dual_pays(rows: int, problem: Problem) -> bool:
+    """Whether products of all samples' rows take seconds, and the rows fit."""
+    size = problem.view.numel
+    held = 2 * rows * size * problem.operator.dtype.itemsize
+    return rows <= DUAL_LIMIT and rows**2 * size <= DUAL_WORK and held <= BLOCK_BYTES
 
 
 def build_inverse(method: str, problem: Problem) -> Inverse:

@@ -58,8 +58,9 @@ class InfluenceModule(LightningModule):
             queries), ``"nystrom_cg"`` (the same behind a sketch, for small damping), ``"cg"`` (each query by itself),
             ``"normal_cg"``. Approximate: ``"ekfac"``, ``"kfac"``, ``"nystrom"`` and ``"lanczos"`` (low rank),
             ``"neumann"``, ``"lissa"`` (stochastic), ``"trak"`` (random projection), ``"identity"`` (inner products of
-            gradients). ``"auto"``: direct or dual where a matrix of 3,000 or 4,000 rows does, else block conjugate
-            gradients while their blocks fit 2 GiB, else EK-FAC; ``"normal_cg"`` for the Hessian.
+            gradients). ``"auto"``: direct or dual where a matrix of 3,000 or 4,000 rows does (dual only while that
+            takes seconds), else block conjugate gradients while their blocks fit 2 GiB, else EK-FAC; for the Hessian
+            ``"normal_cg"``.
         curvature: ``"ggn"``; ``"hessian"`` (indefinite in most networks: then ``"normal_cg"``) or
             ``"empirical_fisher"``, for comparison.
         damping: :math:`\lambda \ge 0`, on the scale of the mean loss; ``"auto"`` for a tenth of G's mean eigenvalue.

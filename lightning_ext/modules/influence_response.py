@@ -155,10 +155,17 @@ class ResponseModule(StackedCopies):
         trainer, shard = self.trainer, self._shard(self.trainer.train_dataloader)
         self._removal = Removal(self.groups, self.keep, shard, self.base, self.view, self.objective, self.chunk_size)
         batches = int(trainer.num_training_batches)
+        padded = -shard.num_samples % trainer.world_size
         self._full_batch = (
             batches * trainer.accumulate_grad_batches == 1
             and shard.batch_size * trainer.world_size >= shard.num_samples
+            and not padded
         )
+        if padded and self.newton is None:
+            rank_zero_warn(
+                f"{shard.num_samples} samples do not share out evenly over {trainer.world_size} processes: the sampler "
+                f"gives {padded} of them twice, and they count twice in the response."
+            )
         self._converged = False
         self._steps = float(trainer.estimated_stepping_batches)
         if self.schedule == "cosine" and not 0 < self._steps < math.inf:
@@ -166,8 +173,9 @@ class ResponseModule(StackedCopies):
         if self.newton is not None:
             if not self._full_batch:
                 raise MisconfigurationException(
-                    "optimizer='newton' needs the whole training set in one batch and one batch per step; got "
-                    f"{batches} batches per epoch for {shard.num_samples} samples."
+                    "optimizer='newton' needs the whole training set in one batch and one batch per step, the same "
+                    f"number of samples on every process; got {batches} batches per epoch for {shard.num_samples} "
+                    f"samples on {trainer.world_size} processes."
                 )
             damping = self.terms.damping + self.terms.weight_decay
             self.newton.build(

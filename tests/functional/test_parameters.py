@@ -116,10 +116,28 @@ def test_a_shared_parameter_is_substituted_everywhere_and_put_back_after_an_erro
     first, second = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
     second.weight = first.weight
     module = nn.Sequential(first, second)
-    with pytest.raises(ZeroDivisionError), Substitution(module)({"0.weight": torch.zeros(2, 2)}):
-        assert not module(torch.ones(1, 2)).any()
-        raise ZeroDivisionError
+
+    def broken():
+        with Substitution(module)({"0.weight": torch.zeros(2, 2)}):
+            assert not module(torch.ones(1, 2)).any()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        broken()
     assert second.weight is first.weight
     assert isinstance(first.weight, nn.Parameter)
     with pytest.raises(KeyError), Substitution(module)({"1.weight": torch.zeros(2, 2)}):
         pass
+
+
+def test_values_are_the_modules_own_by_the_names_given_here():
+    module = nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 2))
+    module.register_buffer("offset", torch.zeros(1, dtype=torch.float64))
+    module.append(module[1])
+    substitution = Substitution(module, lambda name: f"net.{name}")
+    named = [*module.named_parameters(), *module.named_buffers()]  # parameters first
+    assert list(substitution.values()) == [f"net.{name}" for name, _ in named]
+    assert all(substitution.values()[f"net.{name}"] is value for name, value in named)
+    with substitution({"net.1.bias": torch.ones(2)}):
+        assert substitution.values()["net.1.bias"].tolist() == [1, 1]
+    assert substitution.values()["net.1.bias"] is module[1].bias

@@ -397,3 +397,17 @@ class TestErrors:
             outer.dot(rows)
         with pytest.raises(TypeError, match="rows of the same table, got OuterProducts"):
             table.dot(outer)
+
+
+class Centred(nn.Module):
+    def forward(self, x):
+        return x - x.mean(0)
+
+
+@pytest.mark.parametrize("part", [Centred(), nn.BatchNorm2d(2, track_running_stats=False)])
+def test_samples_that_meet_in_the_network_are_refused(part):
+    torch.manual_seed(0)
+    module = nn.Sequential(part, nn.Flatten(), nn.Linear(18, 3)).eval()
+    batch = torch.randn(6, 2, 3, 3), torch.randint(0, 3, (6,))
+    with pytest.raises(ValueError, match="lets samples meet"):
+        SampleGradients(module, InfluenceObjective())(batch)

@@ -374,6 +374,7 @@ def test_cosine_falls_to_zero():
 
 @pytest.mark.ddp
 @pytest.mark.filterwarnings("ignore:.*above tolerance")
+@pytest.mark.filterwarnings("ignore:11 samples do not share out evenly over 2 processes")
 def test_two_processes_measure_the_gradient_of_the_whole_set(tmp_path):
     """Eleven samples in uneven halves, a group removed once, not once per process."""
 
@@ -389,6 +390,12 @@ def test_two_processes_measure_the_gradient_of_the_whole_set(tmp_path):
     torch.testing.assert_close(first, one)
     assert torch.equal(first, second)
     assert (one - 1).abs().max() > 0.1
+
+
+def test_newton_refuses_samples_that_do_not_share_out_evenly():
+    module = PBRFModule(net(), None, GROUPS, LAMBDA, optimizer="newton")
+    with pytest.raises(Exception, match=r"the same number of samples on every process; got .* 11 samples on 2 proc"):
+        fit(module, loader(samples(11), 6), **{**ddp_trainer_kwargs(), "max_epochs": 1})
 
 
 @pytest.mark.parametrize(

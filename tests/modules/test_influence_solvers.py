@@ -200,17 +200,21 @@ def test_many_right_hand_sides_go_in_parts(solver, monkeypatch):
     assert sizes == [3, 3, 2]
 
 
-CHOICES = {  # limits of parameters, of samples times outputs, of bytes
-    "direct": (43, 0, 0),
-    "dual": (42, 69, 0),
-    "block_cg": (42, 68, 4 * 100 * 43 * 8),
-    "ekfac": (42, 68, 4 * 100 * 43 * 8 - 1),
+CG_BYTES, DUAL_BYTES = 4 * 100 * 43 * 8, 2 * 69 * 43 * 8
+CHOICES = {  # limits of parameters, of samples times outputs, of multiplications, of bytes
+    "direct": ("direct", (43, 0, 0, 0)),
+    "dual": ("dual", (42, 69, 69**2 * 43, DUAL_BYTES)),
+    "rows that do not fit": ("ekfac", (42, 69, 69**2 * 43, DUAL_BYTES - 1)),
+    "too many samples": ("block_cg", (42, 68, 69**2 * 43, CG_BYTES)),
+    "too much work": ("block_cg", (42, 69, 69**2 * 43 - 1, CG_BYTES)),
+    "nothing fits": ("ekfac", (42, 68, 69**2 * 43, CG_BYTES - 1)),
 }
 
 
-@pytest.mark.parametrize("wanted", CHOICES)
-def test_what_auto_chooses(wanted, monkeypatch):
-    for name, value in zip(("DENSE_LIMIT", "DUAL_LIMIT", "BLOCK_BYTES"), CHOICES[wanted], strict=True):
+@pytest.mark.parametrize("case", CHOICES)
+def test_what_auto_chooses(case, monkeypatch):
+    wanted, limits = CHOICES[case]
+    for name, value in zip(("DENSE_LIMIT", "DUAL_LIMIT", "DUAL_WORK", "BLOCK_BYTES"), limits, strict=True):
         monkeypatch.setattr(_influence_inverse, name, value)
     module = influence()
     module.scores(loader(classes()))
@@ -238,3 +242,14 @@ def test_the_report_says_how_the_curvature_lies(solver, dense):
     if solver != "lanczos":
         wanted = float((values / (values + 0.1)).sum())
         assert module.report["effective_dimension"] == pytest.approx(wanted, rel=1e-6 if "nystrom" in solver else 0.5)
+
+
+@pytest.mark.parametrize("solver", ["direct", "dual"])
+def test_exact_solvers_say_when_they_miss_the_tolerance(solver):
+    options = {"queries": ref.queries(), "damping": 1e-4, "solver": solver, "tol": 1e-9}
+    with pytest.warns(ConvergenceWarning):
+        InfluenceModule(network(4, 5, 3).float(), **options).scores(loader(classes()))
+    module = InfluenceModule(network(4, 5, 3), **options, double=True)
+    module.scores(loader(classes()))
+    assert module.report["converged"]
+    assert module.report["residual"] <= 1e-9
