@@ -1,7 +1,7 @@
 """The chosen parameters of a module as one flat vector."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import accumulate, pairwise
 from typing import Any
@@ -129,6 +129,7 @@ class Substitution:
 
     Args:
         module: the module.
+        rename: what each of its names is here. Default as it is.
 
     >>> layer = nn.Linear(1, 1, bias=False)
     >>> with Substitution(layer)({"weight": torch.tensor([[3.0]])}):
@@ -136,15 +137,20 @@ class Substitution:
     3.0
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, rename: Callable[[str], str] = str) -> None:
         self._places: dict[str, list[tuple[dict[str, Any], str]]] = {}
         first: dict[int, str] = {}
-        for prefix, part in module.named_modules():
-            for store in (part._parameters, part._buffers):
-                for attribute, value in store.items():
-                    if value is not None:
-                        name = first.setdefault(id(value), f"{prefix}.{attribute}" if prefix else attribute)
-                        self._places.setdefault(name, []).append((store, attribute))
+        parts = list(module.named_modules())
+        stores = [*((prefix, part._parameters) for prefix, part in parts), *((p, part._buffers) for p, part in parts)]
+        for prefix, store in stores:
+            for attribute, value in store.items():
+                if value is not None:
+                    name = first.setdefault(id(value), rename(f"{prefix}.{attribute}" if prefix else attribute))
+                    self._places.setdefault(name, []).append((store, attribute))
+
+    def values(self) -> dict[str, Tensor]:
+        """Return the module's own as they are now, parameters before buffers; a tied one by its first name."""
+        return {name: store[attribute] for name, [(store, attribute), *_] in self._places.items()}
 
     @contextmanager
     def __call__(self, values: Mapping[str, Tensor]) -> Iterator[None]:

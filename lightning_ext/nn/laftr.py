@@ -9,23 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_ext.functional import evaluating, output_divergence, seeded_generator
+from lightning_ext.functional import Substitution, evaluating, output_divergence, seeded_generator
 
 __all__ = ["FunctionSpaceEstimator", "MeanDistance"]
 
 Heads = slice | Tensor | Sequence[int]
 Reduce = Callable[[Tensor], Tensor]
-
-
-class _Call(nn.Module):
-    """A module whose call is ``forward(module, x)``, so that functional_call swaps what it holds."""
-
-    def __init__(self, module: nn.Module, forward: Callable[[Any, Any], Tensor]) -> None:
-        super().__init__()
-        self.module, self._function = module, forward
-
-    def forward(self, x: Any) -> Tensor:
-        return self._function(self.module, x)
 
 
 def _plain_call(module: Any, x: Any) -> Tensor:
@@ -77,6 +66,7 @@ class FunctionSpaceEstimator(nn.Module):
         self._kept: dict[str, Tensor] = {}
         self._facts: dict[str, Any] = {}
         self._draws, self._shared = 0, False
+        self._seen: tuple[nn.Module, Substitution] | None = None
 
     def extra_repr(self) -> str:
         """What it measures, and whether it can."""
@@ -117,7 +107,7 @@ class FunctionSpaceEstimator(nn.Module):
         self._facts = {"heads": _plain_heads(heads)}
         self._kept, self._draws, self._shared = {}, 0, False
         with self._quiet(module):
-            self._reference = {name: tensor.detach().clone() for name, tensor in named_values(module).items()}
+            self._reference = {name: tensor.detach().clone() for name, tensor in self.values_of(module).items()}
             try:
                 self._fit(module, batches, reduce)
             except BaseException:
@@ -142,8 +132,8 @@ class FunctionSpaceEstimator(nn.Module):
             ValueError: If parameters of the reference are missing or have other shapes; the message names them.
         """
         self._require_fitted()
-        self._require_same(module)
         with self._quiet(module):
+            self._require_same(module)
             found = self._distance(module)
         self._draws += 1
         return widened(found)
@@ -203,10 +193,8 @@ class FunctionSpaceEstimator(nn.Module):
 
     def run(self, module: nn.Module, values: Mapping[str, Tensor], x: Any) -> Tensor:
         """Outputs of the module with other parameters and buffers."""
-        own = {plain_name(name): name for name, _ in [*module.named_parameters(), *module.named_buffers()]}
-        named = {f"module.{own[name]}": value for name, value in values.items()}
-        outputs: Tensor = torch.func.functional_call(_Call(module, self._forward), named, (x,))
-        return outputs
+        with self._substitution(module)(values):
+            return self._forward(module, x)
 
     def reference_run(self, module: nn.Module, x: Any) -> Tensor:
         """Outputs of the reference."""
@@ -214,13 +202,20 @@ class FunctionSpaceEstimator(nn.Module):
 
     def reference_values(self, module: nn.Module) -> dict[str, Tensor]:
         r""":math:`\theta_0` in the module's dtypes."""
-        now = named_values(module)
+        now = self.values_of(module)
         return {name: value.to(now[name].dtype) for name, value in self._reference.items() if name in now}
 
     def parameters_of(self, module: nn.Module) -> dict[str, Tensor]:
         r""":math:`\theta_1`: parameters and buffers, cut to the reference's shapes."""
-        now = named_values(module)
-        return {name: self._cut(name, value) for name, value in now.items()}
+        return {name: self._cut(name, value) for name, value in self.values_of(module).items()}
+
+    def values_of(self, module: nn.Module) -> dict[str, Tensor]:
+        """What :func:`named_values` gives, looked up once for a distance."""
+        return self._substitution(module).values()
+
+    def _substitution(self, module: nn.Module) -> Substitution:
+        seen = self._seen
+        return seen[1] if seen is not None and seen[0] is module else Substitution(module, plain_name)
 
     def _cut(self, name: str, value: Tensor) -> Tensor:
         kept = self._reference.get(name)
@@ -235,9 +230,8 @@ class FunctionSpaceEstimator(nn.Module):
             raise RuntimeError(f"{type(self).__name__} has no reference yet: call fit(module, batches) first.")
 
     def _require_same(self, module: nn.Module) -> None:
-        now = {plain_name(name): p.shape for name, p in module.named_parameters()}
-        buffers = {plain_name(name) for name, _ in module.named_buffers()}
-        missing = [name for name in self._reference if name not in now and name not in buffers]
+        now = {name: value.shape for name, value in self.values_of(module).items()}
+        missing = [name for name in self._reference if name not in now]
         reshaped = [
             f"{name}: {tuple(now[name])}, there {tuple(kept.shape)}"
             for name, kept in self._reference.items()
@@ -251,10 +245,14 @@ class FunctionSpaceEstimator(nn.Module):
 
     @contextmanager
     def _quiet(self, module: nn.Module) -> Iterator[None]:
-        compiled = any("_orig_mod" in name for name, _ in module.named_modules())
+        compiled = any(name.endswith("_orig_mod") for name, _ in module.named_modules())
         plainly = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
-        with evaluating(module), torch.autocast(_weight(module).device.type, enabled=False), plainly:
-            yield
+        self._seen = module, Substitution(module, plain_name)  # looked up once
+        try:
+            with evaluating(module), torch.autocast(_weight(module).device.type, enabled=False), plainly:
+                yield
+        finally:
+            self._seen = None
 
     # -- state --------------------------------------------------------------------------------------------------------
 
@@ -317,8 +315,8 @@ def plain_name(name: str) -> str:
 
 
 def named_values(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by their plain names."""
-    return {plain_name(name): value for name, value in [*module.named_parameters(), *module.named_buffers()]}
+    """Parameters and buffers by their plain names; a tied one by its first."""
+    return Substitution(module, plain_name).values()
 
 
 def _weight(module: nn.Module) -> Tensor:

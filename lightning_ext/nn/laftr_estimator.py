@@ -300,10 +300,11 @@ class LAFTREstimator(FunctionSpaceEstimator):
         self, module: nn.Module, x: Tensor, given: Sequence[ActivationSite | None] | None = None
     ) -> tuple[Tensor, Tensor]:
         """Outputs of the reference, and of the module with the reference's activations, on the same inputs."""
+        reference, current = self.reference_values(module), self.parameters_of(module)  # modes slow every look at them
         with torch.no_grad(), RecordActivations(given or ()) as tape:
-            old = self.reference_run(module, x)
+            old = self.run(module, reference, x)
         with ReplayActivations(tape.sites):
-            new = self.run(module, self.parameters_of(module), x)
+            new = self.run(module, current, x)
         return old, new
 
     def _metric(self, like: Tensor) -> Tensor | None:
