@@ -66,9 +66,9 @@ BENCHMARKS = {
         ),
     ),
     "ten": Benchmark(
-        "R6", 10, 4,
+        "R6", 10, 3,
         (
-            FINETUNE, EWC, ONLINE, KFAC, EXACT, MOMENTS, RELU, RELU_BY_CLASS,
+            FINETUNE, EWC, ONLINE, KFAC, EXACT, MOMENTS, RELU_BY_CLASS,
             dataclasses.replace(RELU_BY_CLASS, name="the same, last", consolidate="last"),
             dataclasses.replace(RELU_BY_CLASS, name="the same, merge", consolidate="merge"),
             FULL,

@@ -190,7 +190,7 @@ def _tile(output_dir: Path) -> Tile:
                 "Fine-tuning: only the diagonal is bright. With the callback the whole lower triangle is.",
             ),
             Picture(
-                "What is kept of five tasks.",
+                "What is kept of five tasks. Dark: the weights, or the images; light: statistics, or the outputs.",
                 _stored(parts),
                 "Bars: the statistics of LAFTR with one copy of the weights, and a replay buffer of 200 images.",
             ),

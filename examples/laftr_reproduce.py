@@ -11,9 +11,9 @@ the figures of a prototype, R6 had been run by nobody. The weights of the penalt
 searched for here; K-FAC, for which it had none, has the better of two on a seed of its own. Thresholds hold for means
 over the seeds.
 
-What the prototype's text leaves open came from pilot runs. The pixels are divided by one standard deviation, less one
-mean, because plain fine-tuning, which knows no penalty, then ends where it did in R2; with pixels in [0, 1], R1a and R1b
-come out at 0.09 and 0.10, and R2's LAFTR below 0.8. The network of R5 is trained as in the influence reproduction.
+What the prototype's text leaves open came from pilot runs. The pixels are taken less one mean, over one standard
+deviation, because plain fine-tuning, which knows no penalty, then ends where it did in R2; with pixels in [0, 1], R1a
+and R1b come out at 0.09 and 0.10, and R2's LAFTR below 0.8. R5's network is trained as in the influence reproduction.
 
 - R1: every estimator against the true distance on the first task's data, while a second task is learned.
 - R2: five permuted-digits tasks, in one fit under a Trainer with ``FunctionSpaceRegularizer``.
