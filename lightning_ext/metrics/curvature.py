@@ -38,6 +38,7 @@ class _CurvatureMetric(PreciseMetric):
     ) -> None:
         super().__init__(**kwargs)
         self._module, self._statistics = None, None
+        self._drawn = 0  # updates so far: torchmetrics' own count starts anew in every forward
         self.objective, self.include, self.fisher = objective, include, fisher
         self.max_width, self.seed = max_width, seed
         statistics = self._made_for(module)
@@ -72,7 +73,8 @@ class _CurvatureMetric(PreciseMetric):
             return None
         ranked = torch.distributed.is_available() and torch.distributed.is_initialized()
         rank = torch.distributed.get_rank() if ranked else 0
-        return seeded_generator(self.seed, self.update_count, rank, device=device)
+        self._drawn += 1
+        return seeded_generator(self.seed, self._drawn, rank, device=device)
 
     def _add(self, sums: dict[str, Tensor]) -> None:
         for key, state in self.state_names.items():

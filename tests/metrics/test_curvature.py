@@ -87,6 +87,15 @@ def test_sampled_labels_depend_on_the_seed_and_the_update_alone():
     assert not torch.allclose(sampled(0), sampled(0, updates=2)), "the second update drew the labels of the first"
 
 
+def test_the_step_value_of_a_forward_takes_no_labels_from_the_sum():
+    module, batch = network(), data()[0]
+    updated, called = (KroneckerFactors(module, OBJECTIVE, fisher="mc") for _ in range(2))
+    for _ in range(3):
+        updated.update(module, batch)
+        called(module, batch)  # in which torchmetrics counts from 0
+    assert torch.equal(called.compute()["3.S"], updated.compute()["3.S"])
+
+
 def test_each_rank_draws_its_own_labels(monkeypatch):
     module, batch = network(), data()[0]
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
