@@ -110,7 +110,7 @@ class InfluenceScores(ConcatenatingMetric):
         return value
 
     @staticmethod
-    def gather(predictions: Iterable[Mapping[str, Tensor]], num_samples: int | None = None) -> Tensor:
+    def gather(predictions: Iterable[Mapping[str, Tensor]] | None, num_samples: int | None = None) -> Tensor:
         """The score matrix from what ``trainer.predict`` returned.
 
         Under several ranks ``trainer.predict`` returns each rank its own share. All shares are gathered, so call this
@@ -119,7 +119,7 @@ class InfluenceScores(ConcatenatingMetric):
 
         Args:
             predictions: Dicts with ``scores`` ``(Q, B)`` and ``indices`` ``(B,)``, one per batch.
-            num_samples: N. Default: one more than the largest index.
+            num_samples: N. Default: ``num_samples`` of the dicts, or one more than the largest index.
 
         Returns:
             ``(Q, N)``, column i for training sample i, on the CPU.
@@ -133,6 +133,15 @@ class InfluenceScores(ConcatenatingMetric):
             >>> InfluenceScores.gather([first, second])
             tensor([[0.1000, 0.2000, 0.3000]])
         """
+        if predictions is None:
+            raise ValueError(
+                "predictions is None, as trainer.predict returns with return_predictions=False, without a batch, and "
+                "from processes that it forks or spawns. Give InfluenceModule an output_dir and read the table there."
+            )
+        predictions = list(predictions)
+        if num_samples is None:
+            known = {int(entry["num_samples"]) for entry in predictions if isinstance(entry, Mapping) and "num_samples" in entry}
+            num_samples = max(known, default=None)
         pieces = _all_ranks([_piece(entry, place) for place, entry in enumerate(predictions)])
         if not pieces:
             raise ValueError("predictions is empty; pass what trainer.predict(module, train_loader) returned.")

@@ -210,7 +210,7 @@ class Engine:
         inverse = build_inverse(method, problem)
         self.report |= {
             "solver": method, "curvature": o.curvature, "damping": damping, "samples": source.shard.num_samples,
-            "parameters": self.view.numel, **inverse.facts,
+            "parameters": self.view.numel, "iterations": None, "residual": None, "converged": None, **inverse.facts,
         }  # fmt: skip
         return inverse
 
@@ -249,9 +249,9 @@ class Engine:
         if info is None:
             return
         worst = float(info.residual.max()) if info.residual.numel() else 0.0
-        self.report["iterations"] = max(int(self.report.get("iterations", 0)), info.iterations)
-        self.report["residual"] = max(float(self.report.get("residual", 0.0)), worst)
-        self.report["converged"] = bool(self.report.get("converged", True)) and info.converged
+        self.report["iterations"] = max(self.report["iterations"] or 0, info.iterations)
+        self.report["residual"] = max(self.report["residual"] or 0.0, worst)
+        self.report["converged"] = self.report["converged"] is not False and info.converged
 
     def _solve_together(self, rows: Tensor) -> Tensor:
         """All ranks' rows at once: a product with the curvature sums over ranks, so they must take the same steps."""

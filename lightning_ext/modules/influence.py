@@ -41,8 +41,8 @@ class InfluenceModule(LightningModule):
     are overwritten in place go unnoticed, so make a new module for them.
 
     ``trainer.predict(influence, train_loader)`` first solves for the queries, then gives for each batch a dict:
-    ``"scores"``, ``(Q, B)`` in the measurement's units (``(1, B)`` with ``mode="self"``), and ``"indices"``, ``(B,)``,
-    the samples' positions in the data set. :meth:`InfluenceScores.gather
+    ``"scores"``, ``(Q, B)`` in the measurement's units (``(1, B)`` with ``mode="self"``); ``"indices"``, ``(B,)``,
+    the samples' positions in the data set; and ``"num_samples"``, N. :meth:`InfluenceScores.gather
     <lightning_ext.metrics.InfluenceScores.gather>` makes a matrix of them. Without a Trainer: :meth:`scores`,
     :meth:`self_influence`, :meth:`leave_out`.
 
@@ -202,17 +202,16 @@ class InfluenceModule(LightningModule):
 
     def _result(self, batch: Any, indices: Tensor) -> dict[str, Tensor]:
         store, engine = self.store, self._prepared
+        about = {"indices": indices, "num_samples": torch.tensor(engine.num_samples)}
         if store is not None and bool(store.done[indices].all()):
             if self._solves_batches:
                 engine.join()
         else:
             rows = self._rows(engine, batch, indices)
             if store is None:
-                return {"scores": rows.mT, "indices": indices}
+                return {"scores": rows.mT, **about}
             store.write(indices, rows)
-        return (
-            {"indices": indices} if self.mode == "gradients" else {"scores": store.read(indices).mT, "indices": indices}
-        )
+        return about if self.mode == "gradients" else {"scores": store.read(indices).mT, **about}
 
     def _rows(self, engine: Engine, batch: Any, indices: Tensor) -> Tensor:
         """One row per sample of the batch."""

@@ -275,3 +275,14 @@ class TestPlot:
         monkeypatch.setitem(__import__("sys").modules, "matplotlib.pyplot", None)
         with pytest.raises(ModuleNotFoundError, match=r"pip install 'lightning-ext\[plot\]'"):
             updated(InfluenceScores(QUERIES), *draw()).plot()
+
+
+def test_gather_misses_the_tail_of_what_predict_scored():
+    entry = {"scores": torch.ones(2, 3), "indices": torch.arange(3), "num_samples": torch.tensor(5)}
+    with pytest.raises(ValueError, match=r"no scores of 2 of 5 samples, the first of them \[3, 4\]"):
+        InfluenceScores.gather([entry])
+
+
+def test_gather_says_where_results_of_forked_processes_are():
+    with pytest.raises(ValueError, match=r"predictions is None.*output_dir"):
+        InfluenceScores.gather(None)
