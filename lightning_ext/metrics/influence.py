@@ -140,8 +140,8 @@ class InfluenceScores(ConcatenatingMetric):
             )
         predictions = list(predictions)
         if num_samples is None:
-            known = {int(entry["num_samples"]) for entry in predictions if isinstance(entry, Mapping) and "num_samples" in entry}
-            num_samples = max(known, default=None)
+            told = [entry for entry in predictions if isinstance(entry, Mapping) and "num_samples" in entry]
+            num_samples = int(told[0]["num_samples"]) if told else None
         pieces = _all_ranks([_piece(entry, place) for place, entry in enumerate(predictions)])
         if not pieces:
             raise ValueError("predictions is empty; pass what trainer.predict(module, train_loader) returned.")
