@@ -374,7 +374,7 @@ def accuracy() -> Rows:
             unit="accuracy", peer_name="the margin asked for", peer_version=None, goal=1.0, higher_is_better=True,
             why=f"{summary(method)}; {summary(EWC)}",
         )
-        for method in (*RELU, *MOMENTS)
+        for method in (*RELU, MOMENTS)
     ]  # fmt: skip
     beside = [
         value_row(
@@ -383,7 +383,7 @@ def accuracy() -> Rows:
             peer_version=None, goal=0.98 if rival is EXACT else 1.0, higher_is_better=True,
             why=f"{summary(method)}; {summary(rival)}",
         )
-        for method in (RELU[0], MOMENTS[0])
+        for method in (RELU[0], MOMENTS)
         for rival in (EXACT, FINETUNE, *RIVALS)
     ]  # fmt: skip
     memory = [
@@ -392,7 +392,7 @@ def accuracy() -> Rows:
             reported(method).nbytes, reported(rival).nbytes, unit="bytes", peer_name=rival.source, peer_version=None,
             goal=1.0,
         )
-        for method in RELU
+        for method in (*RELU, MOMENTS)
         for rival in (EWC, RIVALS[1])
     ]  # fmt: skip
     return [*above_ewc, *beside, *memory]
