@@ -13,6 +13,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 from lightning_ext.demo import PAGE_STYLE
 from lightning_ext.metrics import ContinualMetrics
 
+ERRORS = (0.03, 0.05, 0.1, 0.2, 0.3, 0.5)
 NOTHING = 3.0  # where methods stand that keep nothing, in kB
 PALE, INK = "#9aa6b4", "#1d2733"
 KINDS = {"laftr": "#2f7de1", "official": "#c79a12", "stored": "#14a37f", "weights": "#d6456b", "none": "#8a97a6"}
@@ -65,7 +66,7 @@ def tracking(part: Any, seeds: Sequence[int]) -> Figure:
                 axis.set_major_locator(LogLocator(numticks=6))
                 axis.set_minor_locator(NullLocator())
             off = statistics.fmean(track.log_ratio(name) for track in tracks)
-            axes.set_title(f"{name}: {off:.2f}")
+            axes.set_title(f"{name}: {off:.2f}", fontsize=9.2)
         for axes in panels.flat[len(part.NAMES) :]:
             axes.set_axis_off()
         figure.supxlabel("true distance on the first task, half squared output units")
@@ -75,26 +76,20 @@ def tracking(part: Any, seeds: Sequence[int]) -> Figure:
 
 
 def memory(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
-    """Average accuracy against the bytes kept, for each benchmark."""
+    """Average error, one minus the accuracy, against the bytes kept, for each benchmark."""
     titles = {"five": "Five permuted-digits tasks", "ten": "Ten permuted-digits tasks"}
     with _grid(1, len(results), (13, 5.2), sharey=True) as (figure, panels):
         for axes, (benchmark, rows) in zip(panels[0], results.items(), strict=True):
             for row in rows:
-                family = kind(row["method"])
-                axes.errorbar(
-                    _place(row),
-                    row["accuracy"],
-                    row["std"],
-                    color=KINDS[family],
-                    marker=MARKERS[family],
-                    ms=7,
-                    capsize=3,
-                )
-            axes.set(xscale="log", xlabel="kB kept after the last task (nothing: at the left edge)")
+                style = {"color": KINDS[kind(row["method"])], "marker": MARKERS[kind(row["method"])]}
+                axes.errorbar(_place(row), 1 - row["accuracy"], row["std"], ms=7, capsize=3, **style)
+            axes.set(xscale="log", yscale="log", xlabel="kB kept after the last task (nothing: at the left edge)")
             axes.set_title(titles.get(benchmark, benchmark))
-            axes.xaxis.set_minor_locator(NullLocator())
-            _label(axes, [(_place(row), row["accuracy"], row["method"]) for row in rows])
-        panels[0][0].set_ylabel("average accuracy after the last task")
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.set_minor_locator(NullLocator())
+            axes.set_yticks(ERRORS, map(str, ERRORS))
+            _label(axes, [(_place(row), 1 - row["accuracy"], row["method"]) for row in rows])
+        panels[0][0].set_ylabel("mean error on all tasks, after the last")
         present = {kind(row["method"]) for rows in results.values() for row in rows}
         handles = [
             mpl.lines.Line2D([], [], color=KINDS[family], marker=MARKERS[family], lw=0, label=MEANING[family])
@@ -111,16 +106,19 @@ def _place(row: Mapping[str, Any]) -> float:
 
 def _label(axes: Any, points: Sequence[tuple[float, float, str]]) -> None:
     """Names beside their points, pushed apart where two would cover each other."""
+    heights = [y for _, y, _ in points]
+    step = (max(heights) / min(heights)) ** (1 / 22)
     taken: list[tuple[float, float]] = []
-    for x, y, name in sorted(points, key=lambda point: point[1]):
+    for x, y, name in sorted(points, key=lambda point: -point[1]):
         height = y
-        while any(abs(np.log10(x / other)) < 1.0 and abs(height - at) < 0.021 for other, at in taken):
-            height += 0.004
+        while any(abs(np.log10(x / other)) < 1.0 and height < step * at and at < step * height for other, at in taken):
+            height /= step**0.25
         taken.append((x, height))
         axes.annotate(
-            name, (x, y), (x * 1.12, height), fontsize=8.5, color=INK, va="center",
-            arrowprops={"arrowstyle": "-", "color": PALE, "lw": 0.6} if height - y > 0.012 else None,
+            name, (x, y), (x * 1.15, height), fontsize=8.5, color=INK, va="center",
+            arrowprops={"arrowstyle": "-", "color": PALE, "lw": 0.6} if y / height > step**0.5 else None,
         )  # fmt: skip
+    axes.set_xlim(NOTHING / 1.5, 8 * max(x for x, _, _ in points))
 
 
 def matrices(part: Any, seed: int) -> Figure:
@@ -131,8 +129,7 @@ def matrices(part: Any, seed: int) -> Figure:
             values = part.learned("ten", name, seed).values
             axes.grid(visible=False)
             ContinualMetrics(len(values["cl/matrix"])).plot(values, ax=axes)
-            axes.set_title(f"{name}: {axes.get_title()}", loc="left", fontsize=10.5)
-            axes.set_title("", loc="center")
+            axes.set_title(f"{name}: {axes.get_title('left')}", fontsize=10.5)
     return figure
 
 
