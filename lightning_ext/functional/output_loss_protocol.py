@@ -57,6 +57,9 @@ class OutputLoss(ABC):
         several outputs whose losses are averaged, each output's gradient is scaled by the root of its weight.
         """
 
+    def require_convex(self, y: Tensor, t: Tensor | None) -> None:  # noqa: B027  # most losses leave no doubt
+        """Raise a ValueError if ``convex`` is claimed and not true at these outputs."""
+
     @abstractmethod
     def bregman(self, y: Tensor, y_ref: Tensor, t: Tensor | None = None) -> Tensor:
         r"""Return :math:`D_L(y_b, y_{0,b})`, ``(B,)`` in the loss's units (nats for log-likelihoods).

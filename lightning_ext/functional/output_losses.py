@@ -29,6 +29,9 @@ __all__ = [
 ]
 
 
+_FEW = 64  # outputs of a sample whose Hessian is decomposed to see whether a function is convex
+
+
 @dataclass(frozen=True)
 class SoftmaxCrossEntropy(OutputLoss):
     r"""Cross-entropy of logits with the classes in the last dimension, in nats.
@@ -209,6 +212,13 @@ class CallableLoss(OutputLoss):
             ValueError: If a Hessian has a negative eigenvalue.
         """
         return self._roots(y, t).movedim(1, 0).reshape(-1, *y.shape)
+
+    def require_convex(self, y: Tensor, t: Tensor | None) -> None:
+        """Look at all eigenvalues of the Hessians of up to 64 outputs, and else at one direction."""
+        if self.convex and y[0].numel() <= _FEW:
+            self._roots(y, t)
+        elif self.convex:
+            self.hessian_product(y, t, y[None])
 
     def sample_gradient(  # noqa: D102
         self, y: Tensor, t: Tensor | None, generator: torch.Generator | None = None

@@ -10,6 +10,7 @@ from lightning_ext.modules._influence_data import Shard
 
 _RANK, _TOL, _MEMORY = 100, 1e-3, 10
 _ARMIJO, _FLATTER, _ROUNDING, _SHORTEST = 1e-4, 0.9, 100.0, 2.0**-10
+_REACH = 10.0  # times the first step's length: how far a copy may go
 
 
 class Newton(nn.Module):
@@ -17,8 +18,13 @@ class Newton(nn.Module):
 
     The first step from the reference is the influence function's estimate. Later ones learn how the curvature differs:
     a removed sample's own share, and that of a network that has moved. A step that does not lower the objective is
-    halved, one evaluation each; a copy that rounding keeps from going down stays. All state is in buffers, so that a
-    resumed run goes on alike: 23 blocks ``(G, D)``.
+    halved, one evaluation each; a copy that rounding keeps from going down stays. The removed loss is not bounded, and
+    in a deep network damping may not outweigh it: steps farther from the trained network than ten times the first one
+    are refused like those that lead uphill, and the copy stays where it is. All state is in buffers, so that a resumed
+    run goes on alike: 23 blocks ``(G, D)``.
+
+    Attributes:
+        held: ``(G,)``, copies of which a step was refused for leading too far, and none was accepted since.
 
     Args:
         num_copies: G.
@@ -35,16 +41,19 @@ class Newton(nn.Module):
     moves: Tensor
     bends: Tensor
     steps: Tensor
+    reach: Tensor
+    held: Tensor
 
     def __init__(self, num_copies: int, size: int, dtype: torch.dtype) -> None:
         super().__init__()
         for name in ("point", "gradient", "direction"):
             self.register_buffer(name, torch.zeros(num_copies, size, dtype=dtype))
-        for name in ("value", "slope", "length"):
+        for name in ("value", "slope", "length", "reach"):
             self.register_buffer(name, torch.zeros(num_copies, dtype=dtype))
         for name in ("moves", "bends"):
             self.register_buffer(name, torch.zeros(_MEMORY, num_copies, size, dtype=dtype))
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+        self.register_buffer("held", torch.zeros(num_copies, dtype=torch.bool))
         self.solve: Callable[[Tensor], Tensor] | None = None
 
     def build(
@@ -77,7 +86,7 @@ class Newton(nn.Module):
 
         Values are sums of terms of size ``scale``, ``(G,)``, and so is their rounding.
         """
-        accepted = done | self._accepts(gradient, value, scale)
+        accepted = done | self._accepts(point, gradient, value, scale)
         if int(self.steps):
             self._remember(point - self.point, gradient - self.gradient, accepted)
         self.length.copy_(torch.where(accepted, 1.0, 0.5 * self.length))
@@ -87,19 +96,35 @@ class Newton(nn.Module):
         downhill = -self._inverse_times(self.gradient)
         self.direction.copy_(torch.where(accepted[:, None], downhill, self.direction))
         self.slope.copy_(torch.linalg.vecdot(self.gradient, self.direction))
+        if not int(self.steps):
+            self.reach.copy_(_REACH * torch.linalg.vector_norm(self.direction, dim=1))
         self.steps += 1
         going = self.length * (~done & (self.length >= _SHORTEST))
         return self.point + going[:, None] * self.direction
 
-    def _accepts(self, gradient: Tensor, value: Tensor, scale: Tensor) -> Tensor:
-        """A sufficient decrease; or, where rounding would hide one, a smaller slope along the step."""
+    def _accepts(self, point: Tensor, gradient: Tensor, value: Tensor, scale: Tensor) -> Tensor:
+        """A sufficient decrease within reach; or, where rounding would hide one, a smaller slope along the step."""
         if not int(self.steps):
             return torch.ones_like(value, dtype=torch.bool)
         decrease = value <= self.value + _ARMIJO * self.length * self.slope
         flatter = torch.linalg.vecdot(gradient, self.direction).abs() <= _FLATTER * self.slope.abs()
-        rounding = _ROUNDING * torch.finfo(value.dtype).eps * self.value.abs().clamp(min=scale)
-        accepted: Tensor = (decrease | (flatter & (value <= self.value + rounding))) & (self.length >= _SHORTEST)
+        lower = decrease | (flatter & self._is_no_higher(value, scale))
+        near = self._within_reach(point)
+        accepted: Tensor = lower & near & (self.length >= _SHORTEST)
+        self.held.copy_((self.held | (lower & ~near)) & ~accepted)
         return accepted
+
+    def _is_no_higher(self, value: Tensor, scale: Tensor) -> Tensor:
+        rounding = _ROUNDING * torch.finfo(value.dtype).eps * self.value.abs().clamp(min=scale)
+        return torch.le(value, self.value + rounding)
+
+    def _within_reach(self, point: Tensor) -> Tensor:
+        return torch.le(torch.linalg.vector_norm(point, dim=1), self.reach)
+
+    def keeps(self, point: Tensor, gradient: Tensor, value: Tensor, scale: Tensor) -> Tensor:
+        """Whether a point that no step follows, ``(G, D)``, is a better end than the last that was accepted, (G,)."""
+        flatter = torch.linalg.vector_norm(gradient, dim=1) <= torch.linalg.vector_norm(self.gradient, dim=1)
+        return flatter & self._is_no_higher(value, scale) & self._within_reach(point)
 
     def _remember(self, move: Tensor, bend: Tensor, accepted: Tensor) -> None:
         """Keep what an accepted step says about the curvature; zeros, which change nothing, for a rejected one."""

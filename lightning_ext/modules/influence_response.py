@@ -27,6 +27,7 @@ from lightning_ext.functional import (
 )
 from lightning_ext.modules._influence_copies import StackedCopies
 from lightning_ext.modules._influence_data import Shard, plain
+from lightning_ext.modules._influence_end import advise_on_risen, advise_on_the_end
 from lightning_ext.modules._influence_newton import Newton
 from lightning_ext.modules._influence_removal import Groups, Removal, as_groups, as_masks, starting_change
 
@@ -154,6 +155,8 @@ class ResponseModule(StackedCopies):
         self._sync_view()
         trainer, shard = self.trainer, self._shard(self.trainer.train_dataloader)
         self._removal = Removal(self.groups, self.keep, shard, self.base, self.view, self.objective, self.chunk_size)
+        if self.response_name == "pbrf":
+            self._require_convex(shard)
         batches = int(trainer.num_training_batches)
         padded = -shard.num_samples % trainer.world_size
         self._full_batch = (
@@ -181,6 +184,13 @@ class ResponseModule(StackedCopies):
             self.newton.build(
                 self.base, self.objective, self.view, shard, damping, lambda tensor: self._over_ranks(tensor, "sum")
             )
+
+    @torch.no_grad()
+    def _require_convex(self, shard: Shard) -> None:
+        values = self.view.values()
+        for batch in shard:
+            outputs = self.objective.function(self.base, self.view, batch)(values)
+            self.objective.loss.require_convex(outputs, self.objective.targets(batch))
 
     def _over_ranks(self, tensor: Tensor, how: str) -> Tensor:
         result: Any = self.trainer.strategy.reduce(tensor, reduce_op=how)
@@ -283,7 +293,7 @@ class ResponseModule(StackedCopies):
         """Look at the gradient of the whole training set, now and then."""
         due = (self.current_epoch + 1) % self.check_every_n_epochs == 0
         if self.tolerance is not None and due and not self._full_batch:
-            self._judge(self._ratio(self._whole_gradient()))
+            self._judge(self._ratio(self._whole_value_and_gradient()[1]))
 
     def _ratio(self, gradient: Tensor) -> Tensor:
         assert self._removal is not None
@@ -291,13 +301,15 @@ class ResponseModule(StackedCopies):
         ratio: Tensor = torch.linalg.vector_norm(gradient.detach(), dim=1)
         return ratio / norm.clamp(min=torch.finfo(norm.dtype).tiny)
 
-    def _whole_gradient(self) -> Tensor:
+    def _whole_value_and_gradient(self) -> tuple[Tensor, Tensor]:
         assert self._removal is not None
-        total = torch.zeros_like(self.change, requires_grad=False)
+        value, gradient = self.change.new_zeros(len(self.change)), torch.zeros_like(self.change, requires_grad=False)
         for index, batch in self._removal.shard.indexed():
-            _, rows = self._terms_and_gradient(IndexedBatch(index, batch))
-            total += rows * (len(index) / self._removal.shard.num_samples)
-        return self._over_ranks(total, "sum")
+            terms, rows = self._terms_and_gradient(IndexedBatch(index, batch))
+            share = len(index) / self._removal.shard.num_samples
+            value += terms.total * share
+            gradient += rows * share
+        return self._over_ranks(value, "sum"), self._over_ranks(gradient, "sum")
 
     def _judge(self, ratio: Tensor) -> None:
         self.gradient_ratio = ratio
@@ -308,30 +320,18 @@ class ResponseModule(StackedCopies):
     def on_train_end(self) -> None:
         """Say how good the minimum is, on the whole training set."""
         if self.newton is not None and not self._converged:
-            self._keep_the_flatter(self.newton)
+            self._leave_a_worse_end(self.newton)
         if self.tolerance is not None and not self._converged:
-            self.gradient_ratio = self._ratio(self._whole_gradient())
-            worst = self.gradient_ratio.max().item()
-            if not worst <= self.tolerance:
-                above = int((~(self.gradient_ratio <= self.tolerance)).sum())
-                rank_zero_warn(
-                    f"{type(self).__name__} stopped at a relative gradient of {worst:.2e}, above tolerance="
-                    f"{self.tolerance:g} for {above} of {len(self.gradient_ratio)} copies: train longer, with another "
-                    "lr, or with optimizer='newton'. Networks with kinks (ReLU) may have a minimum at one, where the "
-                    "gradient does not vanish."
-                )
+            self.gradient_ratio = self._ratio(self._whole_value_and_gradient()[1])
+            advise_on_the_end(type(self).__name__, self.gradient_ratio, self.tolerance, self.newton)
         if self.response_name == "pbrf" and self._removal is not None:
-            risen = self._removal.risen(self.view.unflatten(self.change.detach()))
-            if risen:
-                rank_zero_warn(
-                    f"The loss of the removed samples rose more than tenfold for copies {risen[:8]}: too much is "
-                    "removed for this damping, and the objective may have no minimum. Raise damping or remove less."
-                )
+            advise_on_risen(self._removal.risen(self.view.unflatten(self.change.detach())))
 
-    def _keep_the_flatter(self, newton: Newton) -> None:
-        """The last step was never looked at: where it leads uphill, go back to where it came from."""
-        gradient = self._whole_gradient()
-        worse = torch.linalg.vector_norm(gradient, dim=1) > torch.linalg.vector_norm(newton.gradient, dim=1)
+    def _leave_a_worse_end(self, newton: Newton) -> None:
+        """The last step was never looked at: where it led uphill or too far, go back to where it came from."""
+        assert self._removal is not None
+        value, gradient = self._whole_value_and_gradient()
+        worse = ~newton.keeps(self.change.detach(), gradient, value, 1 / self._removal.per_sample)
         self.change.data[worse] = newton.point[worse]
 
     def teardown(self, stage: str) -> None:

@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_ext._lightning import MisconfigurationException, submodule
 from lightning_ext.functional import GGNOperator, InfluenceObjective
 from lightning_ext.modules import PBRFModule
+from lightning_ext.modules._influence_end import advise_on_the_end
 from lightning_ext.modules._influence_newton import Newton
 from lightning_ext.testing import StatefulLoader, assert_resumes, ddp_trainer_kwargs
 from tests.modules.test_influence_response import (
@@ -89,6 +90,42 @@ def test_a_step_that_leads_uphill_is_halved():
         torch.ones_like(x), torch.ones_like(x), torch.zeros(3), torch.zeros(3), torch.ones(3, dtype=torch.bool)
     )
     assert torch.equal(resting, torch.ones_like(x)), "a copy that is done went on"
+
+
+def test_a_copy_whose_objective_has_no_minimum_is_held_near_the_trained_network():
+    """A cubic that falls for ever, beside a parabola whose minimum lies within reach."""
+    search = Newton(2, 1, torch.float64)
+    search.solve = lambda rows: rows.clone()
+    x = torch.zeros(2, 1, dtype=torch.float64)
+    for _ in range(60):
+        value = torch.stack([x[0, 0] ** 2 / 2 - x[0, 0] - x[0, 0] ** 3 / 3, (x[1, 0] - 3) ** 2 / 6])
+        gradient = torch.stack([x[0] - 1 - x[0] ** 2, (x[1] - 3) / 3])
+        x = search.step(x, gradient, value, torch.zeros(2), torch.zeros(2, dtype=torch.bool))
+    assert search.held.tolist() == [True, False]
+    assert 1 < search.point[0] <= 10  # the first step was 1
+    torch.testing.assert_close(search.point[1], x.new_tensor([3.0]), rtol=1e-6, atol=0.0)
+    never = search.keeps(100 * torch.ones_like(x), 0 * x, torch.full((2,), -9e9), torch.zeros(2))
+    assert not never.any(), "an end that nobody looked at is out of reach"
+    with pytest.warns(UserWarning, match=r"Copies \[0\] were held at ten times the influence function's distance"):
+        advise_on_the_end("PBRFModule", torch.tensor([2.0, 0.0]), 0.1, search)
+
+
+def test_advice_on_the_end_fits_the_optimizer_and_names_the_copies():
+    with pytest.warns(UserWarning, match=r"of 2 copies, \[0, 1\]: give more epochs\. Networks"):
+        fit(newton(tolerance=1e-12), max_epochs=2)
+    with pytest.warns(UserWarning, match=r"of 2 copies, \[0, 1\]: train longer, with another lr, or"):
+        fit(PBRFModule(net().double(), None, FEW, LAMBDA, WD), max_epochs=2)
+
+
+@pytest.mark.parametrize("outputs", [3, 70])
+@pytest.mark.parametrize("optimizer", ["adam", "newton"])
+def test_a_function_that_is_not_convex_is_refused(optimizer, outputs):
+    torch.manual_seed(0)
+    objective = InfluenceObjective(lambda y, t: torch.sin(3 * y).sum(1))
+    data = TensorDataset(torch.randn(12, 4), torch.zeros(12, outputs))
+    module = PBRFModule(nn.Linear(4, outputs), objective, [0, 1], optimizer=optimizer)
+    with pytest.raises(ValueError, match="not convex in the outputs"):
+        fit(module, loader(data), max_epochs=1)
 
 
 def test_half_the_precision_goes_down_to_its_rounding_and_stays():
