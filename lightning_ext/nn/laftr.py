@@ -101,7 +101,8 @@ class FunctionSpaceEstimator(nn.Module):
             The estimator.
 
         Raises:
-            ValueError: If there is no batch, a batch does not fit, or inputs are not finite.
+            ValueError: If there is no batch, on all ranks or on one of them, a batch does not fit, or inputs are not
+                finite.
             TypeError: If inputs are not floating where moments are taken of them.
         """
         self._facts = {"heads": _plain_heads(heads)}
@@ -153,9 +154,18 @@ class FunctionSpaceEstimator(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} cannot merge two tasks: use consolidate='all' or 'last'.")
 
     def share_reference(self, newer: "FunctionSpaceEstimator") -> None:
-        """Refer to the weights of another estimator from now on, and keep no copy."""
+        """Refer to the weights of another estimator from now on, and keep no copy.
+
+        Of layers that have got further outputs since, one's own part.
+
+        Raises:
+            ValueError: If it has not all of one's own parameters, or in other shapes.
+        """
         self._require_fitted()
-        self._reference, self._shared = newer._reference, True
+        self._require_alike_or_grown({name: value.shape for name, value in newer._reference.items()})
+        cut = {name: self._cut(name, value) for name, value in newer._reference.items()}
+        alike = all(cut[name] is value for name, value in newer._reference.items())
+        self._reference, self._shared = newer._reference if alike else cut, True
         self._forget()
 
     @classmethod
@@ -230,7 +240,9 @@ class FunctionSpaceEstimator(nn.Module):
             raise RuntimeError(f"{type(self).__name__} has no reference yet: call fit(module, batches) first.")
 
     def _require_same(self, module: nn.Module) -> None:
-        now = {name: value.shape for name, value in self.values_of(module).items()}
+        self._require_alike_or_grown({name: value.shape for name, value in self.values_of(module).items()})
+
+    def _require_alike_or_grown(self, now: Mapping[str, torch.Size]) -> None:
         missing = [name for name in self._reference if name not in now]
         reshaped = [
             f"{name}: {tuple(now[name])}, there {tuple(kept.shape)}"
@@ -333,6 +345,16 @@ def _grown(kept: torch.Size, now: torch.Size) -> bool:
 def widened(tensor: Tensor) -> Tensor:
     """In float32 at least."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32)) if tensor.is_floating_point() else tensor
+
+
+def require_batches(found: bool, module: nn.Module, reduce: Reduce | None) -> None:
+    """Refuse on all ranks alike if one of them has no data: the others would wait for it."""
+    counts = torch.tensor([float(found), 1.0], device=_weight(module).device)
+    having, ranks = (counts if reduce is None else reduce(counts)).long().tolist()
+    if not having:
+        raise ValueError("batches holds no batch: give a loader, or a list of batches.")
+    if having < ranks:
+        raise ValueError(f"{ranks - having} of {ranks} ranks have no batch: each needs a share of the data.")
 
 
 def own_rank(reduce: Reduce | None) -> int:

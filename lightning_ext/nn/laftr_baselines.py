@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_ext.functional import output_divergence, seeded_generator
-from lightning_ext.nn.laftr import FunctionSpaceEstimator, Reduce, own_rank, plain_name
+from lightning_ext.nn.laftr import FunctionSpaceEstimator, Reduce, own_rank, plain_name, require_batches
 
 __all__ = ["CoresetEstimator", "FullDataEstimator", "NTKEstimator"]
 
@@ -66,8 +66,7 @@ class CoresetEstimator(FunctionSpaceEstimator):
             infinite = infinite.to(x.device) + sum((~value.isfinite()).sum() for value in (x, outputs))
             parts.append({"x": x, "outputs": outputs} | self._scores(batch, outputs, generator))
             parts = parts if self.size is None else [self._best(_joined(parts))]
-        if not parts:
-            raise ValueError("batches holds no batch: give a loader, or a list of batches.")
+        require_batches(bool(parts), module, reduce)
         if (infinite if reduce is None else reduce(infinite)) > 0:
             raise ValueError("inputs and outputs must be finite; there are NaN or infinite ones.")
         kept = _joined(parts)

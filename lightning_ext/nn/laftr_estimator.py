@@ -20,7 +20,7 @@ from lightning_ext.functional import (
     output_divergence,
     sequential_layers,
 )
-from lightning_ext.nn.laftr import FunctionSpaceEstimator, MeanDistance, Reduce, widened
+from lightning_ext.nn.laftr import FunctionSpaceEstimator, MeanDistance, Reduce, require_batches, widened
 
 __all__ = ["LAFTREstimator"]
 
@@ -138,14 +138,15 @@ class LAFTREstimator(FunctionSpaceEstimator):
                 outputs = self._forward(module, x)
             if statistics is None:
                 statistics = self._zeros(x, outputs, tape.sites)
+                self._facts["outputs"] = outputs.shape[-1]
             groups = self._groups(batch, outputs)
             statistics.add(x, groups, tape.sites if self.mode != "relu" else ())
             if self.mode in ("moments", "mean") and self.divergence == "kl":
                 chosen = outputs if self.heads is None else outputs[..., self.heads]
                 found = class_hessians(chosen.double(), groups, statistics.num_groups, "sum")
                 hessians = found if hessians is None else hessians + found
-        if statistics is None:
-            raise ValueError("batches holds no batch: give a loader, or a list of batches.")
+        require_batches(statistics is not None, module, reduce)
+        assert statistics is not None
         if reduce is not None:
             statistics.reduce(reduce)
             hessians = None if hessians is None else reduce(hessians)
@@ -367,10 +368,10 @@ class _PooledLAFTR(MeanDistance):
 
     def distance(self, module: nn.Module) -> Tensor:
         """The mean of the tasks' distances, from as many inputs in all as one task has."""
-        first, tasks = self.estimators[0], len(self.estimators)
-        first._require_same(module)
+        first, tasks = max(self.estimators, key=lambda each: each._facts["outputs"]), len(self.estimators)
         drawn = []
         with first._quiet(module):
+            first._require_same(module)
             for number, estimator in enumerate(self.estimators):
                 estimator.reseed(self._draws * tasks + number)
                 drawn.append(estimator.reference_batches(module, -(-first.num_samples // tasks)))
@@ -378,10 +379,10 @@ class _PooledLAFTR(MeanDistance):
             old, new = first.replay(module, torch.cat([x for x, *_ in drawn]), given)
             sizes = [len(x) for x, *_ in drawn]
             parts = zip(self.estimators, drawn, torch.split(new, sizes), torch.split(old, sizes), strict=True)
-            found = [
-                output_divergence(z1, z0, estimator.divergence, estimator.heads, weights)
-                for estimator, (_, weights, *_), z1, z0 in parts
-            ]
+            found = []
+            for estimator, (_, weights, *_), z1, z0 in parts:
+                z1, z0 = (z[..., : estimator._facts["outputs"]] for z in (z1, z0))  # those that there were
+                found.append(output_divergence(z1, z0, estimator.divergence, estimator.heads, weights))
         self._draws += 1
         return torch.stack(found).mean()
 
