@@ -1,5 +1,7 @@
 """The public components, one entry each; ``test_conformance.py`` runs every check of its kind over every entry."""
 
+import functools
+
 import torch
 from torch.utils.data import DataLoader
 
@@ -8,6 +10,7 @@ from tests.conformance import (
     components,
     continual_batches,
     curvature_batches,
+    estimators,
     influence_batches,
     influence_responses,
     laftr_regularizers,
@@ -19,6 +22,8 @@ NOT_COMPONENTS = {
     "BaseVAE": "abstract: BetaVAE, FreeBitsVAE, SigmaVAE, GECOVAE and MultiRateVAE are it",
     "RateDistortion": "a dataclass of tensors that modules return",
     "AddressedNoise": "abstract: the noise of every VAE here, checked through all of them",
+    "FunctionSpaceEstimator": "abstract: LAFTREstimator and its rivals are it",
+    "MeanDistance": "what FunctionSpaceEstimator.pool returns; tests/nn/test_laftr.py has it",
     "AtBeta": "a view that MultiRateVAE.at_beta returns",
     "ResumableDataModule": "abstract: DigitsDataModule is one",
     "MNISTDataModule": "its files cannot be shipped; tests/data/test_mnist.py trains on files that it writes",
@@ -450,6 +455,21 @@ _NN = [
     *(
         Entry([name], "nn", build, inputs=lambda: (torch.ones(3, 4),), call=components.at_two_betas)
         for name, build in components.CONDITIONERS.items()
+    ),
+    *(
+        Entry(
+            [name],
+            "nn",
+            functools.partial(estimators.fitted, stem),
+            inputs=lambda: (estimators.network(0.1),),
+            call=estimators.distance,
+            skip={
+                "fsdp_shards": "it has no parameter: what it keeps is moved and saved by itself",
+                "two_modules": "it has no parameter to share",
+                "compiled": "it has no forward; tests/nn/test_laftr_modules.py compiles the network that it measures",
+            },
+        )
+        for name, stem in estimators.NAMES.items()
     ),
 ]
 
