@@ -5,7 +5,7 @@ ICML 2023, arXiv:2302.03519; Bae, Ng, Lo, Ghassemi & Grosse 2022, arXiv:2209.053
 """
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from lightning_ext.modules._influence_engine import Engine
 from lightning_ext.modules._influence_identity import digest
 from lightning_ext.modules._influence_newton import Newton
 from lightning_ext.modules._influence_source import CurvatureSource
+from lightning_ext.modules._laftr_newton import Evaluate, newton_steps
 from lightning_ext.modules._laftr_statistics import DistanceStatistics, drawn_inputs
 from lightning_ext.modules.influence import InfluenceModule
 from lightning_ext.nn.laftr import FunctionSpaceEstimator
@@ -29,6 +30,9 @@ Solver = Literal[
     "auto", "direct", "dual", "block_cg", "nystrom_cg", "cg", "normal_cg", "nystrom", "lanczos", "neumann", "lissa",
     "ekfac", "kfac", "identity",
 ]  # fmt: skip
+
+
+_QUASI_NEWTON = 30  # steps before curvature at the reference is given up as a guide
 
 
 class LAFTRInfluence(InfluenceModule):
@@ -166,7 +170,7 @@ class LAFTRInfluence(InfluenceModule):
         groups: Sequence[int | Sequence[int]],
         loader: Any,
         tolerance: float = 1e-3,
-        max_steps: int = 100,
+        max_steps: int = 200,
         chunk_size: int | None = None,
     ) -> Tensor:
         r"""What the parameters become when samples leave, by the proximal Bregman objective on the statistics.
@@ -181,8 +185,8 @@ class LAFTRInfluence(InfluenceModule):
             groups: for each response a position in the loader's data set, or a list of them.
             loader: DataLoader over samples of the training set.
             tolerance: norm of the gradient, relative to that at 0, which every response must reach.
-            max_steps: evaluations of all responses, at least 1; Newton steps behind the solver's
-                :math:`(\hat G + \lambda I)^{-1}`.
+            max_steps: at least 1. The first 30 are quasi-Newton steps behind the solver's
+                :math:`(\hat G + \lambda I)^{-1}`; what is not there by then takes Newton steps.
             chunk_size: responses that are computed together. Default: all.
 
         Returns:
@@ -192,8 +196,10 @@ class LAFTRInfluence(InfluenceModule):
             ValueError: For arguments out of range, and as the class says.
 
         Note:
-            A step costs a forward and backward pass of the distance for every response, and a solve with all of them.
-            Warns where ``tolerance`` was not reached. Start from ``double=True`` where it is not for rounding.
+            A step costs a forward and backward pass of the distance, and a solve, for every response that is not there
+            yet; ten are common. Newton steps, each up to 250 products with the distance's Hessian, are for removals
+            that lead far from the reference. Warns where ``tolerance`` was not reached; ``double=True`` helps where
+            rounding is in the way.
         """
         if not 0 < tolerance < 1 or max_steps < 1:
             raise ValueError(
@@ -210,7 +216,7 @@ class LAFTRInfluence(InfluenceModule):
         groups: Sequence[int | Sequence[int]],
         loader: Any,
         tolerance: float = 1e-3,
-        max_steps: int = 100,
+        max_steps: int = 200,
         chunk_size: int | None = None,
     ) -> Tensor:
         """How the queries' measurement changes with the responses of :meth:`respond`.
@@ -260,24 +266,22 @@ class LAFTRInfluence(InfluenceModule):
             return statistics.distance(moved) - linear @ row + 0.5 * damping * row.square().sum()
 
         evaluate = torch.func.vmap(torch.func.grad_and_value(objective), chunk_size=chunk)
-        newton = Newton(len(pull), view.numel, view.dtype).to(view.device)
-        newton.solve = engine.solve_replicated
         norms = pull.norm(dim=1).clamp(min=torch.finfo(pull.dtype).tiny)
-        point = torch.zeros_like(pull)
-        ratio = torch.ones_like(norms)
         with evaluating(self.base), torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # a rough solve is a good step
-            for _ in range(max_steps):
-                gradient, value = evaluate(point, pull)
-                ratio = gradient.norm(dim=1) / norms
-                if bool((ratio <= tolerance).all()):
-                    return point
-                point = newton.step(point, gradient, value, torch.zeros_like(value), ratio <= tolerance)
-        rank_zero_warn(
-            f"{int((ratio > tolerance).sum())} of {len(ratio)} responses stopped at a relative gradient of up to "
-            f"{float(ratio.max()):.2e}, above tolerance={tolerance:g}: raise max_steps or damping, or use double=True."
-        )
-        return newton.point
+            point, size = _quasi_newton(engine, evaluate, pull, tolerance * norms, min(max_steps, _QUASI_NEWTON))
+            if max_steps > _QUASI_NEWTON and bool((size > tolerance * norms).any()):
+                product = torch.func.vmap(_hessian_product(objective), chunk_size=chunk)
+                steps = max_steps - _QUASI_NEWTON
+                point, size = newton_steps(evaluate, product, point, pull, tolerance * norms, steps)
+        ratio = size / norms
+        if not bool((ratio <= tolerance).all()):
+            rank_zero_warn(
+                f"{int((~(ratio <= tolerance)).sum())} of {len(ratio)} responses stopped at a relative gradient of up "
+                f"to {float(ratio.max()):.2e}, above tolerance={tolerance:g}: raise max_steps or damping, or use "
+                "double=True. Networks with kinks in an exact distance may have their minimum at one."
+            )
+        return point
 
     def _removed(self, engine: Engine, group: int | Sequence[int]) -> Tensor:
         members = [group] if isinstance(group, int) else list(group)
@@ -286,6 +290,32 @@ class LAFTRInfluence(InfluenceModule):
         batch = engine.shard.get(members)
         with engine.naming([(torch.tensor(members), batch)]):
             return engine.losses.explicit(batch).sum(0) / engine.num_train
+
+
+def _hessian_product(objective: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    def product(row: Tensor, linear: Tensor, vector: Tensor) -> Tensor:
+        (result,) = torch.func.vjp(lambda x: torch.func.grad(objective)(x, linear), row)[1](vector)  # it is symmetric
+        found: Tensor = result
+        return found
+
+    return product
+
+
+def _quasi_newton(
+    engine: Engine, evaluate: Evaluate, pull: Tensor, tolerance: Tensor, max_steps: int
+) -> tuple[Tensor, Tensor]:
+    """The responses and the norms of their gradients after L-BFGS behind the inverse curvature."""
+    newton = Newton(len(pull), pull.shape[1], pull.dtype).to(pull.device)
+    point, gradient, value = torch.zeros_like(pull), torch.zeros_like(pull), pull.new_zeros(len(pull))
+    going = torch.ones_like(value, dtype=torch.bool)
+    newton.solve = lambda rows: rows.index_put((going,), engine.solve_replicated(rows[going]))
+    for _ in range(max_steps):
+        gradient[going], value[going] = evaluate(point[going], pull[going])
+        going &= gradient.norm(dim=1) > tolerance
+        if not bool(going.any()):
+            return point, gradient.norm(dim=1)
+        point = newton.step(point, gradient, value, torch.zeros_like(value), ~going)
+    return newton.point, newton.gradient.norm(dim=1)
 
 
 def _check(

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_ext.data import RowStore
 from lightning_ext.functional import InfluenceObjective
 from lightning_ext.modules import InfluenceModule, LAFTRInfluence
+from lightning_ext.modules._laftr_newton import newton_steps
 from lightning_ext.nn import (
     CoresetEstimator,
     EWCEstimator,
@@ -325,6 +326,38 @@ def test_float32_finds_the_response_of_float64():
     assert wide.dtype == torch.float64
     assert single.dtype == torch.float32
     close(single, wide, rtol=1e-3)
+
+
+@pytest.mark.parametrize("mode", ["relu", "moments"])
+def test_a_removal_that_leads_far_is_followed_to_its_end(mode, monkeypatch):
+    """Three samples gone under little damping: curvature at the reference is no guide any more."""
+    net = network()
+    estimator = fitted(net, mode, fixed_draws=True, divergence="mse")
+    module, group = influence(net, estimator, damping=0.02), [0, 3, 8]
+    samples, slope = loader(TensorDataset(*data())), jacrev(distance_of(estimator, net))
+    monkeypatch.setattr("lightning_ext.modules.laftr._QUASI_NEWTON", 1)  # most of the way by Newton steps alone
+    (change,) = module.respond([group], samples, tolerance=1e-8)
+    pull = gradients(net, *data())[group].sum(0) / N
+    assert (slope(flat(net) + change) + 0.02 * change - pull).norm() < 2e-8 * pull.norm()
+    assert change.norm() > 0.1
+
+
+def test_newton_steps_find_minima_from_saddles_and_along_valleys():
+    def objective(row, pull):
+        x, y = row
+        return 100 * (y - x**2) ** 2 + (1 - x) ** 2 - pull @ row
+
+    def product(row, pull, vector):
+        return torch.func.hessian(objective)(row, pull) @ vector
+
+    start = torch.tensor([[-1.2, 1.0], [0.0, 5.0], [0.0, 0.5], [1.0, 1.0]], dtype=torch.float64)  # two are uphill bends
+    pull = torch.zeros_like(start)
+    evaluate = torch.func.vmap(torch.func.grad_and_value(objective))
+    limits = torch.full((4,), 1e-9, dtype=torch.float64)
+    found, norms = newton_steps(evaluate, torch.func.vmap(product), start, pull, limits, 100)
+    close(found, torch.ones_like(found), rtol=1e-8)
+    assert (norms <= 1e-9).all()
+    assert torch.equal(start[3], found[3])
 
 
 def test_a_response_that_is_not_reached_is_told():
