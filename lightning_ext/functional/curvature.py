@@ -13,7 +13,7 @@ of the batches; vectors are rows of a block ``(R, D)``.
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -101,22 +101,28 @@ class _ThroughOutputs(CurvatureOperator):
         now = self.view.values()
         return all(torch.equal(value, now[name]) for name, value in self._params.items())
 
-    def _sample_columns(self, columns: Callable[[Tensor, Tensor], Tensor]) -> Iterator[list[Tensor | LayerGradients]]:
-        """Yield for each batch the samples' J^T c, one set of gradients for every column c."""
+    def column_blocks(self, y: Tensor, t: Tensor) -> Iterator[Tensor]:
+        """Yield the columns in blocks that need not be held together."""
+        yield self.columns(y, t)
+
+    def _sample_columns(
+        self, blocks: Callable[[Tensor, Tensor], Iterable[Tensor]]
+    ) -> Iterator[Iterator[Tensor | LayerGradients]]:
+        """Yield for each batch the samples' J^T c, one set of gradients for every column c, to be taken in turn."""
         gradients = self._gradients
         if not self._unchanged():
             raise ValueError("the module's parameters changed since the operator was made; make a new one.")
         for batch in self.batches:
             with gradients.recording(batch) as (plain, outputs):
                 y = self.objective.outputs(self.module, plain) if outputs is None else outputs
-                found: list[Tensor | LayerGradients] = []
-                for column in columns(y.detach(), self.objective.targets(plain)):
-                    others = gradients.others(plain, column)
-                    if outputs is None:
-                        found.append(self.view.flatten(others))
-                    else:
-                        found.append(gradients.recorder.backward(outputs, column, others))
-                yield found
+                found = blocks(y.detach(), self.objective.targets(plain))
+                yield (self._pulled(plain, outputs, column) for block in found for column in block)
+
+    def _pulled(self, batch: Any, outputs: Tensor | None, column: Tensor) -> Tensor | LayerGradients:
+        others = self._gradients.others(batch, column)
+        if outputs is None:
+            return self.view.flatten(others)
+        return self._gradients.recorder.backward(outputs, column, others)
 
     def per_sample_traces(self, draws: int = 0, generator: torch.Generator | None = None) -> Tensor:
         r"""Return :math:`\operatorname{tr} J_i^\top B_i J_i` of this rank's samples, without damping, ``(n,)``.
@@ -128,15 +134,13 @@ class _ThroughOutputs(CurvatureOperator):
             generator: of the random vectors.
         """
 
-        def columns(y: Tensor, t: Tensor) -> Tensor:
-            if not draws:
-                return self.columns(y, t)
-            drawn = torch.stack([self._draw(y, t, generator) for _ in range(draws)])
-            return drawn.div_(math.sqrt(draws))
+        def drawn(y: Tensor, t: Tensor) -> Iterator[Tensor]:
+            return (self._draw(y, t, generator).unsqueeze(0) / math.sqrt(draws) for _ in range(draws))
 
-        found = self._sample_columns(columns)
-        traces = [torch.stack([_squared_norms(g) for g in gradients]).sum(0) for gradients in found]
-        return torch.cat([torch.zeros(0, dtype=self.dtype, device=self.device), *traces])
+        found = self._sample_columns(drawn if draws else self.column_blocks)
+        none = torch.zeros((), dtype=self.dtype, device=self.device)
+        traces = [sum(map(_squared_norms, gradients), none) for gradients in found]
+        return torch.cat([none.new_zeros(0), *traces])
 
     def _draw(self, y: Tensor, t: Tensor, generator: torch.Generator | None) -> Tensor:
         return self.objective.loss.sample_gradient(y, t, generator)
@@ -165,11 +169,12 @@ class _ThroughOutputs(CurvatureOperator):
             ValueError: If there would be more than ``max_rows``.
         """
         root, blocks, count = self.num_samples**0.5, [], 0
-        for found in self._sample_columns(self.columns):
-            blocks += [(g if isinstance(g, Tensor) else g.explicit()) / root for g in found]
-            count += sum(map(len, blocks[-len(found) :]))
-            if max_rows is not None and count > max_rows:
-                raise ValueError(f"the square root has more than {max_rows} rows: use an iterative solver.")
+        for found in self._sample_columns(self.column_blocks):
+            for gradients in found:
+                blocks.append((gradients if isinstance(gradients, Tensor) else gradients.explicit()) / root)
+                count += len(blocks[-1])
+                if max_rows is not None and count > max_rows:
+                    raise ValueError(f"the square root has more than {max_rows} rows: use an iterative solver.")
         return torch.cat([torch.zeros(0, self.size, dtype=self.dtype, device=self.device), *blocks])
 
 
@@ -207,6 +212,10 @@ class GGNOperator(_ThroughOutputs):
 
     def columns(self, y: Tensor, t: Tensor) -> Tensor:  # noqa: D102
         return self.objective.loss.hessian_sqrt(y, t)
+
+    def column_blocks(self, y: Tensor, t: Tensor) -> Iterator[Tensor]:  # noqa: D102
+        at_once = max(1, _BLOCK_BYTES // max(1, y.numel() * y.element_size()))
+        return self.objective.loss.hessian_columns(y, t, at_once)
 
 
 class EmpiricalFisherOperator(_ThroughOutputs):

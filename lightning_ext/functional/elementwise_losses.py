@@ -2,6 +2,7 @@ r"""Losses that add a function of each output and its target: Bernoulli, squared
 
 import math
 from abc import abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -57,9 +58,14 @@ class _ElementwiseLoss(OutputLoss):
         return (self._weight(y) * self._curvature(at_least_32_bit(y)) * u).to(u.dtype)
 
     def hessian_sqrt(self, y: Tensor, t: Tensor | None) -> Tensor:
-        roots = (self._weight(y) * self._curvature(at_least_32_bit(y))).sqrt().to(y.dtype)
-        columns = roots.reshape(len(y), -1).diag_embed()  # (B, S, S)
-        return columns.movedim(1, 0).reshape(-1, *y.shape)
+        return torch.cat(list(self.hessian_columns(y, t, max(1, y[:1].numel()))))
+
+    def hessian_columns(self, y: Tensor, t: Tensor | None, at_once: int) -> Iterator[Tensor]:
+        roots = (self._weight(y) * self._curvature(at_least_32_bit(y))).sqrt().to(y.dtype).reshape(len(y), -1)
+        for part in torch.split(torch.arange(roots.shape[1], device=y.device), at_once):
+            columns = roots.new_zeros(len(part), *roots.shape)
+            columns[torch.arange(len(part), device=y.device), :, part] = roots[:, part].mT
+            yield columns.reshape(len(part), *y.shape)
 
     def sample_gradient(self, y: Tensor, t: Tensor | None, generator: torch.Generator | None = None) -> Tensor:
         return (math.sqrt(self._weight(y)) * self._draw(at_least_32_bit(y), generator)).to(y.dtype)

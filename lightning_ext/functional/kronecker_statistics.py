@@ -16,7 +16,7 @@ __all__ = ["KroneckerLayer", "KroneckerStatistics"]
 
 Fisher = Literal["type2", "mc", "empirical"]
 _BLOCK_BYTES = 2**26  # of rotated per-sample gradients held at once
-_COLUMN_BYTES = 2**26  # of output gradients, of several columns of the Hessians' roots, held at once
+_COLUMN_BYTES = 2**26  # of several columns of the Hessians' roots and their output gradients, held at once
 
 
 @dataclass(frozen=True)
@@ -238,13 +238,13 @@ class KroneckerStatistics:
     def _columns(self, batch: Any, outputs: Tensor, generator: torch.Generator | None) -> Iterator[Tensor]:
         y, t, loss = outputs.detach(), self.objective.targets(batch), self.objective.loss
         if self.fisher == "type2":
-            columns = loss.hessian_sqrt(y, t)
+            each = (y.numel() + sum(shape.numel() for _, shape in self.recorder.shapes)) * y.element_size()
+            blocks = loss.hessian_columns(y, t, max(1, _COLUMN_BYTES // max(1, each)))
+            yield from (columns.to(y.dtype) for columns in blocks)
         elif self.fisher == "mc":
-            columns = loss.sample_gradient(y, t, generator).unsqueeze(0)
+            yield loss.sample_gradient(y, t, generator).unsqueeze(0).to(y.dtype)
         else:
-            columns = loss.gradient(y, t).unsqueeze(0)
-        each = sum(shape.numel() for _, shape in self.recorder.shapes) * y.element_size()
-        yield from torch.split(columns.to(y.dtype), max(1, _COLUMN_BYTES // max(1, each)))
+            yield loss.gradient(y, t).unsqueeze(0).to(y.dtype)
 
     def _add_diagonal(self, layer: RecordedLayer, g: Tensor, diagonal: Mapping[str, Tensor]) -> None:
         for column in g:

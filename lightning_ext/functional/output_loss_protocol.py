@@ -9,6 +9,7 @@ Nothing here averages over the batch: every value is one sample's, so that the c
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -48,6 +49,10 @@ class OutputLoss(ABC):
 
         S is the number of a sample's outputs, so this is for small outputs.
         """
+
+    def hessian_columns(self, y: Tensor, t: Tensor | None, at_once: int) -> Iterator[Tensor]:
+        """Yield the columns of :meth:`hessian_sqrt` in its order, in blocks ``(s, *y.shape)`` with s <= ``at_once``."""
+        yield from torch.split(self.hessian_sqrt(y, t), at_once)
 
     @abstractmethod
     def sample_gradient(self, y: Tensor, t: Tensor | None, generator: torch.Generator | None = None) -> Tensor:

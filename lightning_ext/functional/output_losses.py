@@ -1,7 +1,7 @@
 r"""Losses as functions of a network's outputs: gradients, Hessian products and Bregman divergences, per sample."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -106,16 +106,21 @@ class SoftmaxCrossEntropy(OutputLoss):
         return (weights * (weighted - p * weighted.sum(-1, keepdim=True))).to(u.dtype)
 
     def hessian_sqrt(self, y: Tensor, t: Tensor | None) -> Tensor:  # noqa: D102
+        return torch.cat(list(self.hessian_columns(y, t, max(1, y.shape[-1]))))
+
+    def hessian_columns(self, y: Tensor, t: Tensor | None, at_once: int) -> Iterator[Tensor]:  # noqa: D102
         self._soft(y, t)
         wide = at_least_32_bit(y)
-        p, weights = wide.softmax(-1), self.weights(wide, t).unsqueeze(-1)
-        classes, positions = y.shape[-1], math.prod(y.shape[1:-1])
+        classes = y.shape[-1]
+        p, weights = (x.reshape(len(y), -1, *x.shape[y.ndim - 1 :]) for x in (wide.softmax(-1), self.weights(wide, t)))
         basis = torch.eye(classes, dtype=p.dtype, device=p.device)
-        roots = (p * weights).sqrt().unsqueeze(-1) * (basis - p.unsqueeze(-2))  # (B, ..., K columns, K)
-        roots = roots.reshape(len(y), positions, classes, classes)
-        apart = torch.eye(positions, dtype=p.dtype, device=p.device)  # a column belongs to one position
-        columns = torch.einsum("bpjk,pq->pjbqk", roots, apart)
-        return columns.reshape(positions * classes, *y.shape).to(y.dtype)
+        for position in range(p.shape[1]):  # a column belongs to one position
+            here, weight = p[:, position], weights[:, position, None]
+            for part in torch.split(torch.arange(classes, device=p.device), at_once):
+                lengths = (here[:, part] * weight).sqrt().unsqueeze(-1)
+                columns = p.new_zeros(len(part), *p.shape)
+                columns[:, :, position] = (lengths * (basis[part] - here.unsqueeze(1))).movedim(1, 0)
+                yield columns.reshape(len(part), *y.shape).to(y.dtype)
 
     def sample_gradient(  # noqa: D102
         self, y: Tensor, t: Tensor | None, generator: torch.Generator | None = None

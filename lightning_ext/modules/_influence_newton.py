@@ -116,15 +116,18 @@ class Newton(nn.Module):
 
     def _is_no_higher(self, value: Tensor, scale: Tensor) -> Tensor:
         rounding = _ROUNDING * torch.finfo(value.dtype).eps * self.value.abs().clamp(min=scale)
-        return torch.le(value, self.value + rounding)
+        no_higher: Tensor = value <= self.value + rounding
+        return no_higher
 
     def _within_reach(self, point: Tensor) -> Tensor:
-        return torch.le(torch.linalg.vector_norm(point, dim=1), self.reach)
+        near: Tensor = torch.linalg.vector_norm(point, dim=1) <= self.reach
+        return near
 
     def keeps(self, point: Tensor, gradient: Tensor, value: Tensor, scale: Tensor) -> Tensor:
         """Whether a point that no step follows, ``(G, D)``, is a better end than the last that was accepted, (G,)."""
         flatter = torch.linalg.vector_norm(gradient, dim=1) <= torch.linalg.vector_norm(self.gradient, dim=1)
-        return flatter & self._is_no_higher(value, scale) & self._within_reach(point)
+        kept: Tensor = flatter & self._is_no_higher(value, scale) & self._within_reach(point)
+        return kept
 
     def _remember(self, move: Tensor, bend: Tensor, accepted: Tensor) -> None:
         """Keep what an accepted step says about the curvature; zeros, which change nothing, for a rejected one."""

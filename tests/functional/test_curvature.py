@@ -16,8 +16,10 @@ from lightning_ext.functional import (
     ParameterView,
     concatenate,
     evaluating,
+    kronecker_curvature,
     select,
 )
+from lightning_ext.functional import curvature as curvature_file
 
 OPERATORS = [GGNOperator, HessianOperator, EmpiricalFisherOperator]
 
@@ -176,6 +178,27 @@ def test_square_roots_and_traces_are_those_of_the_matrix(kind, case):
     each = [dense(kind, module, objective, select(batch, [i])).trace() for i in range(operator.num_samples)]
     torch.testing.assert_close(operator.per_sample_traces(), torch.stack(each), rtol=1e-9, atol=1e-10)
     assert operator.trace_bound == pytest.approx(float(max(each)), rel=1e-9)
+
+
+def test_roots_of_sequences_are_never_whole(monkeypatch):
+    """Between positions they are zeros, (T K)^2 of them for each sample."""
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 5)).double().eval()
+    batch = torch.randn(2, 6, 3).double(), torch.randint(0, 5, (2, 6))
+    objective = InfluenceObjective()
+    exact = dense(GGNOperator, module, objective, batch)
+
+    def whole(self, y, t):
+        raise AssertionError("the whole root was asked for")
+
+    monkeypatch.setattr(type(objective.loss), "hessian_sqrt", whole)
+    monkeypatch.setattr(curvature_file, "_BLOCK_BYTES", 2 * 2 * 6 * 5 * 8)
+    operator = GGNOperator(module, objective, [batch])
+    root = operator.square_root_rows()
+    torch.testing.assert_close(root.T @ root, exact, rtol=1e-9, atol=1e-10)
+    assert operator.per_sample_traces().mean().item() == pytest.approx(exact.trace().item())
+    fitted = kronecker_curvature(module, objective, [batch])
+    assert fitted.eigenvalues().sum().item() == pytest.approx(exact.trace().item())
 
 
 def test_traces_can_be_estimated_without_bias():

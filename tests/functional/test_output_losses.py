@@ -104,6 +104,15 @@ def test_columns_multiply_to_the_hessian(loss, y, t):
 
 
 @CASE
+def test_columns_come_in_blocks_too(loss, y, t):
+    columns = loss.hessian_sqrt(y, t)
+    for at_once in (1, 2, len(columns) + 1):
+        blocks = list(loss.hessian_columns(y, t, at_once))
+        assert max(map(len, blocks)) <= at_once
+        torch.testing.assert_close(torch.cat(blocks), columns, rtol=0.0, atol=0.0)
+
+
+@CASE
 def test_sampled_gradients_have_the_hessian_as_second_moment(loss, y, t):
     generator, draws = torch.Generator().manual_seed(0), 400 if isinstance(loss, CallableLoss) else 4000
     samples = torch.stack([loss.sample_gradient(y, t, generator) for _ in range(draws)]).reshape(draws, len(y), -1)
