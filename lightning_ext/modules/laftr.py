@@ -83,9 +83,9 @@ class LAFTRInfluence(InfluenceModule):
     (arXiv:2209.05364). The paper's code for them was not released; choices are ours.
 
     >>> from torch.utils.data import DataLoader, TensorDataset
-    >>> base, x = nn.Linear(1, 1, bias=False), torch.tensor([[1.0], [3.0]])
-    >>> _ = base.weight.data.fill_(1.0)
-    >>> estimator = LAFTREstimator("moments", class_conditional=False, divergence="mse", jitter=0.0).fit(base, [x])
+    >>> base, x = nn.Sequential(nn.ReLU(), nn.Linear(1, 1, bias=False)), torch.tensor([[1.0], [3.0]])
+    >>> _ = base[1].weight.data.fill_(1.0)
+    >>> estimator = LAFTREstimator("mean", class_conditional=False, divergence="mse", jitter=0.0).fit(base, [x])
     >>> influence = LAFTRInfluence(base, estimator, InfluenceObjective("half_squared_error"), damping=1.0)
     >>> influence.self_influence(DataLoader(TensorDataset(x, torch.zeros(2, 1))))  # (x x)^2 / (mean of x^2 + damping)
     tensor([ 0.1667, 13.5000])
