@@ -121,8 +121,9 @@ class LAFTRInfluence(InfluenceModule):
         drawn = drawn_inputs(estimator)
         _check(drawn, solver, damping, weight_decay, num_samples, num_train)
         super().__init__(
-            base, objective, queries, mode, solver, "ggn" if drawn else "hessian", damping, weight_decay, rank, tol,
-            max_iterations, normalize, False, include, output_dir, double, seed, cache_bytes,
+            base, objective, queries, mode, solver, curvature="ggn" if drawn else "hessian", damping=damping,
+            weight_decay=weight_decay, rank=rank, tol=tol, max_iterations=max_iterations, normalize=normalize,
+            include=include, output_dir=output_dir, double=double, seed=seed, cache_bytes=cache_bytes,
         )  # fmt: skip
         self.estimator, self.num_samples, self.num_train = estimator, num_samples, num_train
         self._statistics: DistanceStatistics | None = None
