@@ -229,6 +229,9 @@ def kronecker_curvature(
     Returns:
         The curvature, in the parameters' dtype, at least float32.
 
+    Warns:
+        UserWarning: Parameters without factors, by name: they get the diagonal of their curvature.
+
     Raises:
         ValueError: As :class:`KroneckerStatistics` and :class:`KroneckerCurvature` do; and for an iterator.
 
@@ -242,6 +245,7 @@ def kronecker_curvature(
     if corrected and isinstance(batches, Iterator):
         raise ValueError("batches are gone through twice: pass a list or a data loader, not an iterator.")
     statistics = KroneckerStatistics(module, objective, view, fisher=fisher, max_width=max_width)
+    statistics.warn_of_diagonal()
 
     def total(sums: dict[str, Tensor], add: Callable[..., Any]) -> dict[str, Tensor]:
         for batch in batches:

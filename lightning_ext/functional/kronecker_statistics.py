@@ -1,5 +1,6 @@
 r"""Sums over samples that K-FAC and EK-FAC are made of: factors, eigenvalue corrections, and exact diagonals."""
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -128,6 +129,16 @@ class KroneckerStatistics:
         self._factored = {layer.name: layer for layer in self.layers}
         kept = {name for layer in self.recorder.layers if layer.name in self._factored for name in layer.parameters}
         self.diagonal = tuple(name for name in self.view.names if name not in kept)
+
+    def warn_of_diagonal(self) -> None:
+        """Name the parameters that get no factors, if there are any."""
+        if self.diagonal:
+            share = sum(place.stop - place.start for place in self.places) / self.view.numel
+            warnings.warn(
+                f"{len(self.diagonal)} of {len(self.view.names)} parameters ({share:.0%} of the numbers) have no "
+                f"Kronecker factors, only the diagonal of their curvature: {', '.join(self.diagonal[:20])}.",
+                stacklevel=3,
+            )
 
     @property
     def places(self) -> tuple[slice, ...]:

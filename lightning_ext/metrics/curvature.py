@@ -114,6 +114,9 @@ class KroneckerFactors(_CurvatureMetric):
         seed: Of the labels drawn; each update and each rank draws its own. Default 0.
         kwargs: Passed on to :class:`torchmetrics.Metric`.
 
+    Attributes:
+        diagonal: Names of the parameters without factors, which get the diagonal of their curvature; a warning says so.
+
     Raises:
         ValueError: From an update, on another network than the metric was made for, or on layers that do not explain
             their gradients.
@@ -145,7 +148,9 @@ class KroneckerFactors(_CurvatureMetric):
         **kwargs: Any,
     ) -> None:
         super().__init__(module, objective, include, fisher, max_width, seed, **kwargs)
-        zeros = self._made_for(module).factor_zeros()
+        statistics = self._made_for(module)
+        statistics.warn_of_diagonal()
+        self.diagonal, zeros = statistics.diagonal, statistics.factor_zeros()
         self._add_states({key: zero for key, zero in zeros.items() if zero.numel()})
 
     def update(self, module: nn.Module, batch: Any) -> None:

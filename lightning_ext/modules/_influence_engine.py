@@ -24,21 +24,14 @@ from lightning_ext.functional import (
     influence_scores,
     leave_out_step,
     relative_influence,
+    seeded_generator,
     select,
     self_influence,
 )
 from lightning_ext.modules._influence_data import Shard
 from lightning_ext.modules._influence_identity import described, digest, sum_of_digests
-from lightning_ext.modules._influence_inverse import (
-    BLOCK_BYTES,
-    BLOCKS,
-    INVERSES,
-    OPERATORS,
-    Inverse,
-    Problem,
-    build_inverse,
-    chosen_solver,
-)
+from lightning_ext.modules._influence_inverse import BLOCK_BYTES, BLOCKS, INVERSES, build_inverse, chosen_solver
+from lightning_ext.modules._influence_problem import OPERATORS, Inverse, Problem, chosen_fisher, sample_traces
 from lightning_ext.modules._influence_source import CurvatureSource
 
 
@@ -52,11 +45,12 @@ class Options:
     weight_decay: float
     rank: int
     tol: float
-    max_iterations: int
+    max_iterations: int | None
     normalize: Literal["parameter", "loss"] | None
     rescale: bool
     seed: int
     cache_bytes: int
+    fisher: Literal["auto", "type2", "mc"] = "auto"
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -64,8 +58,9 @@ class Options:
             raise ValueError(f"damping must be at least 0, or 'auto'; got {self.damping!r}.")
         if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"weight_decay must be at least 0; got {self.weight_decay!r}.")
-        if self.rank < 1 or self.max_iterations < 1:
-            raise ValueError(f"rank and max_iterations must be at least 1; got {self.rank} and {self.max_iterations}.")
+        for name in ("rank", "max_iterations"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
         if not 0 < self.tol < 1:
             raise ValueError(f"tol is a relative residual between 0 and 1; got {self.tol!r}.")
         if self.normalize not in (None, "parameter", "loss"):
@@ -127,6 +122,7 @@ class Engine:
         return {
             **options,
             "num_samples": self.num_samples,
+            **({"batch_size": self.shard.batch_size} if self.options.solver == "lissa" else {}),
             "objective": hashlib.sha256(described(self.objective).encode()).hexdigest()[:16],
             "module": hashlib.sha256(repr(self.base).encode()).hexdigest()[:16],
             "parameters": state_of(self.base),
@@ -194,12 +190,14 @@ class Engine:
             bar.update(len(rows))
             return operator(rows)
 
-        outputs, damping = self._outputs(), self._damping(operator)
+        outputs = self._outputs()
+        fisher = chosen_fisher(o.fisher, outputs)
+        damping = self._damping(operator, fisher)
         problem = Problem(
             module=source.module, objective=source.objective, view=self.view, shard=source.shard,
             curvature=o.curvature, semidefinite=source.semidefinite, operator=operator, product=product,
             outputs=outputs, damping=damping, rank=o.rank, tol=o.tol, max_iterations=o.max_iterations, seed=o.seed,
-            reduce=reduce, rank_of_process=self.rank, world=self.world,
+            reduce=reduce, rank_of_process=self.rank, world=self.world, fisher=fisher,
         )  # fmt: skip
         method = chosen_solver(o.solver, problem)
         if damping == 0 and not INVERSES[method].data_free and self.view.numel > source.shard.num_samples * outputs:
@@ -219,12 +217,13 @@ class Engine:
             outputs = self.source.objective.outputs(self.source.module, self.source.shard.get([0]))
         return int(outputs[0].numel())
 
-    def _damping(self, operator: Any) -> float:
+    def _damping(self, operator: Any, fisher: Literal["type2", "mc"]) -> float:
         chosen = self.options.damping
         if chosen == "auto":
             if self.options.curvature == "hessian":
                 raise ValueError("damping='auto' is a tenth of the mean eigenvalue, which a Hessian may have below 0.")
-            traces = operator.per_sample_traces().sum()
+            generator = seeded_generator(self.options.seed, self.rank, device=self.view.device)
+            traces = sample_traces(operator, fisher, generator).sum()
             chosen = 0.1 * float(self._sum(traces)) / self.source.shard.num_samples / self.view.numel
         return float(chosen) + self.options.weight_decay
 

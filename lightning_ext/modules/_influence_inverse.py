@@ -1,44 +1,36 @@
 """The ways to multiply by an inverse curvature, behind one call: rows in, solved rows and a report out."""
 
 import dataclasses
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor
 
 from lightning_ext.functional import (
-    ConvergenceWarning,
-    CurvatureOperator,
-    EmpiricalFisherOperator,
-    GGNOperator,
-    HessianOperator,
-    InfluenceObjective,
-    ParameterView,
-    Projection,
-    SampleGradients,
     SolveInfo,
     batch_size,
     block_cg,
     cg,
     direct,
     direct_dual,
-    fold_in,
-    kronecker_curvature,
     lanczos,
-    lissa,
     neumann,
     normal_cg,
     nystrom,
 )
-from lightning_ext.modules._influence_data import Shard
+from lightning_ext.modules._influence_approximate import Ekfac, Kfac, Lissa, Trak
+from lightning_ext.modules._influence_problem import (
+    MOST_TERMS,
+    OPERATORS,
+    Inverse,
+    Problem,
+    own_words,
+    root_fits,
+    solved_with,
+)
 
-OPERATORS: dict[str, type[CurvatureOperator]] = {
-    "ggn": GGNOperator,
-    "hessian": HessianOperator,
-    "empirical_fisher": EmpiricalFisherOperator,
-}
 DENSE_LIMIT, DUAL_LIMIT, DUAL_WORK = (
     3000,
     4000,
@@ -47,67 +39,7 @@ DENSE_LIMIT, DUAL_LIMIT, DUAL_WORK = (
 BLOCK_BYTES = 2**31  # what the blocks of one solve may take; more right-hand sides are solved one part after the other
 
 
-@dataclasses.dataclass
-class Problem:
-    """What an inverse may use. ``damping`` includes the weight decay; ``operator`` has no damping."""
-
-    module: nn.Module
-    objective: InfluenceObjective
-    view: ParameterView
-    shard: Shard
-    curvature: str
-    semidefinite: bool  # whether a Hessian is known to be
-    operator: Any  # of the kind that OPERATORS says
-    product: Callable[[Tensor], Tensor]  # the operator's, with a bar that counts
-    outputs: int  # numbers in one sample's outputs
-    damping: float
-    rank: int
-    tol: float
-    max_iterations: int
-    seed: int
-    reduce: Callable[[Tensor], Tensor] | None = None
-    rank_of_process: int = 0
-    world: int = 1
-
-    @property
-    def indefinite(self) -> bool:
-        """Whether there may be negative eigenvalues."""
-        return self.curvature == "hessian" and not self.semidefinite
-
-    def damped(self, rows: Tensor) -> Tensor:
-        """K times rows."""
-        return self.product(rows).add_(rows, alpha=self.damping)
-
-    def total(self, tensor: Tensor) -> Tensor:
-        """The sum over ranks."""
-        return tensor if self.reduce is None else self.reduce(tensor)
-
-
-class Inverse:
-    """:math:`K^{-1}` times rows.
-
-    Attributes:
-        collective: whether a solve runs collectives, so that all ranks must solve together.
-        data_free: whether it never asks for the curvature.
-        facts: what building it found out, by name.
-    """
-
-    collective = False
-    data_free = False
-
-    def __init__(self, problem: Problem) -> None:
-        self.problem = problem
-        self.facts: dict[str, float] = {}
-
-    def solve(self, rows: Tensor) -> tuple[Tensor, SolveInfo | None]:
-        """Solve for rows ``(R, D)``; None instead of a report where the method knows no residual."""
-        raise NotImplementedError
-
-    def random(self, *shape: int) -> Tensor:
-        """Normal numbers that are the same on every rank."""
-        generator = torch.Generator().manual_seed(self.problem.seed)
-        operator = self.problem.operator
-        return torch.randn(*shape, generator=generator, dtype=operator.dtype).to(operator.device)
+_ADVICE = "raise max_iterations, tol or damping, or use solver='nystrom_cg'"
 
 
 class Identity(Inverse):
@@ -125,7 +57,8 @@ class Direct(Inverse):
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
-        self.matrix = problem.operator.dense() if problem.curvature == "hessian" else self._sum_of_squares(problem)
+        rooted = problem.curvature != "hessian" and root_fits(problem)
+        self.matrix = self._sum_of_squares(problem) if rooted else problem.operator.dense()
         self.matrix.diagonal().add_(problem.damping)
 
     @staticmethod
@@ -142,7 +75,7 @@ class Direct(Inverse):
 
     def solve(self, rows: Tensor) -> tuple[Tensor, SolveInfo | None]:
         """Solve by Cholesky factors."""
-        return direct(self.matrix, rows, tol=self.problem.tol)
+        return solved_with(self.problem, lambda: direct(self.matrix, rows, tol=self.problem.tol))
 
 
 class Dual(Inverse):
@@ -167,7 +100,10 @@ class ConjugateGradients(Inverse):
     def solve(self, rows: Tensor) -> tuple[Tensor, SolveInfo | None]:
         """Iterate to the tolerance."""
         p = self.problem
-        return cg(p.damped, rows, tol=p.tol, max_iterations=p.max_iterations)
+        with own_words():
+            solved, info = cg(p.damped, rows, tol=p.tol, max_iterations=p.budget)
+        info.warn_unless_converged(_ADVICE)
+        return solved, info
 
 
 class BlockConjugateGradients(Inverse):
@@ -179,14 +115,12 @@ class BlockConjugateGradients(Inverse):
     def solve(self, rows: Tensor) -> tuple[Tensor, SolveInfo | None]:
         """Iterate to the tolerance."""
         p = self.problem
-        return block_cg(
-            p.damped,
-            rows,
-            preconditioner=self.preconditioner,
-            tol=p.tol,
-            max_iterations=p.max_iterations,
-            check="probe",
-        )
+        with own_words():
+            solved, info = block_cg(
+                p.damped, rows, preconditioner=self.preconditioner, tol=p.tol, max_iterations=p.budget, check="probe"
+            )
+        info.warn_unless_converged(_ADVICE if self.preconditioner is None else "raise max_iterations, rank or damping")
+        return solved, info
 
 
 class NormalConjugateGradients(Inverse):
@@ -200,13 +134,12 @@ class NormalConjugateGradients(Inverse):
         solved, tol, spent, products = None, p.tol, 0, 0
         norms = rows.norm(dim=1).clamp(min=torch.finfo(rows.dtype).tiny)
         while True:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", ConvergenceWarning)
-                solved, info = normal_cg(p.damped, rows, tol=tol, max_iterations=p.max_iterations - spent, x0=solved)
+            with own_words():
+                solved, info = normal_cg(p.damped, rows, tol=tol, max_iterations=p.budget - spent, x0=solved)
             residual = (rows - p.damped(solved)).norm(dim=1) / norms
             spent, products = spent + max(1, info.iterations), products + info.products + len(rows)
             worst = float(residual.max()) if len(rows) else 0.0
-            if worst <= p.tol or spent >= p.max_iterations or tol < torch.finfo(rows.dtype).eps:
+            if worst <= p.tol or spent >= p.budget or tol < torch.finfo(rows.dtype).eps:
                 break
             tol *= max(0.01, 0.5 * p.tol / worst)
         found = dataclasses.replace(
@@ -273,85 +206,10 @@ class Neumann(Inverse):
     def solve(self, rows: Tensor) -> tuple[Tensor, SolveInfo | None]:
         """Sum terms."""
         p = self.problem
-        return neumann(p.damped, rows, depth=p.max_iterations, tol=p.tol)
-
-
-class Lissa(Inverse):
-    """The Neumann series over drawn batches."""
-
-    collective = True
-
-    def __init__(self, problem: Problem) -> None:
-        super().__init__(problem)
-        self.drawn = min(problem.shard.batch_size, problem.shard.num_samples)
-        self.trace = problem.operator.trace_bound / (self.drawn * problem.world)
-
-    def _sampled(self, rows: Tensor, step: int) -> Tensor:
-        p = self.problem
-        generator = torch.Generator().manual_seed(fold_in(p.seed, step, p.rank_of_process))
-        chosen = torch.randint(p.shard.num_samples, (self.drawn,), generator=generator)  # with replacement
-        operator = OPERATORS[p.curvature](p.module, p.objective, [p.shard.get(chosen.tolist())], p.view)
-        product = p.total(operator(rows)).div_(p.world)
-        return product.add_(rows, alpha=p.damping)
-
-    def solve(self, rows: Tensor) -> tuple[Tensor, SolveInfo | None]:
-        """Sum terms."""
-        p = self.problem
-        return lissa(self._sampled, rows, matvec=p.damped, batch_trace=self.trace, depth=p.max_iterations)
-
-
-class Kfac(Inverse):
-    """Kronecker factors of each layer."""
-
-    corrected = False
-
-    def __init__(self, problem: Problem) -> None:
-        super().__init__(problem)
-        p = problem
-        self.curvature = kronecker_curvature(
-            p.module, p.objective, p.shard, p.view, corrected=self.corrected, reduce=p.reduce
-        )
-        values = self.curvature.eigenvalues()
-        self.facts["lambda_max"] = float(values.max())
-        if p.damping > 0:
-            self.facts["effective_dimension"] = float((values / (values + p.damping)).sum())
-
-    def solve(self, rows: Tensor) -> tuple[Tensor, SolveInfo | None]:
-        """Multiply by the factors' damped inverse."""
-        return self.curvature.solve(rows, self.problem.damping, factored=not self.corrected), None
-
-
-class Ekfac(Kfac):
-    """Kronecker factors' eigenvectors with corrected eigenvalues."""
-
-    corrected = True
-
-
-class Trak(Inverse):
-    r"""A random projection of the margins' gradients, :math:`P (\Phi^\top \Phi / N + \lambda I)^{-1} P^\top`.
-
-    TRAK (Park et al. 2023, arXiv:2303.14186) weights a training sample's margin gradient by one minus its probability:
-    that is its loss gradient, up to the sign.
-    """
-
-    def __init__(self, problem: Problem) -> None:
-        super().__init__(problem)
-        p = problem
-        self.projection = Projection(p.view.numel, p.rank, seed=p.seed)
-        objective = InfluenceObjective(p.objective.loss, p.objective.forward, p.objective.target, "margin")
-        margins = SampleGradients(p.module, objective, p.view, quantity="measurement")
-        kernel = torch.zeros(p.rank, p.rank, dtype=p.view.dtype, device=p.view.device)
-        for batch in p.shard:
-            features = self.projection(margins.explicit(batch))
-            kernel.addmm_(features.mT, features)
-        kernel = p.total(kernel) / p.shard.num_samples
-        kernel.diagonal().add_(p.damping)
-        self.kernel = kernel
-
-    def solve(self, rows: Tensor) -> tuple[Tensor, SolveInfo | None]:
-        """Project, solve and lift."""
-        solved, _ = direct(self.kernel, self.projection(rows))
-        return self.projection.transpose(solved), None
+        with own_words():
+            solved, info = neumann(p.damped, rows, depth=p.max_iterations or MOST_TERMS, tol=p.tol)
+        info.warn_unless_converged("raise max_iterations or damping, or use solver='nystrom_cg'")
+        return solved, info
 
 
 INVERSES: dict[str, type[Inverse]] = {
@@ -380,7 +238,7 @@ def chosen_solver(solver: str, problem: Problem) -> str:
     size = problem.view.numel
     if problem.indefinite:
         return "normal_cg"
-    if size <= DENSE_LIMIT:
+    if size <= DENSE_LIMIT and (problem.curvature == "hessian" or root_fits(problem)):
         return "direct"
     if problem.curvature == "hessian":
         return "block_cg"
@@ -416,4 +274,9 @@ def build_inverse(method: str, problem: Problem) -> Inverse:
         )
     if problem.damping == 0 and method in ("dual", "nystrom", "nystrom_cg", "lanczos"):
         raise ValueError(f"solver={method!r} divides by the damping; damping and weight_decay are 0.")
+    if problem.damping == 0 and method in ("cg", "block_cg", "normal_cg", "neumann"):
+        rank_zero_warn(
+            f"damping and weight_decay are 0: where the curvature is singular, solver={method!r} gives the answer of "
+            "its pseudo-inverse, and none for queries outside its range. Give a damping unless it is invertible."
+        )
     return kind(problem)

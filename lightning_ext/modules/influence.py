@@ -67,7 +67,8 @@ class InfluenceModule(LightningModule):
         weight_decay: L2 coefficient of the training objective, added to the damping.
         rank: of a sketch, and dimension of TRAK's projection.
         tol: relative residual at which iterations stop.
-        max_iterations: of an iterative solver; terms of ``"neumann"`` and ``"lissa"``.
+        max_iterations: of an iterative solver, default 200; terms of ``"neumann"`` (default 5,000, fewer where ``tol``
+            is met) and of ``"lissa"`` (default what the damping asks for, up to 5,000; judged by a residual of 0.1).
         normalize: None; ``"parameter"`` divides by :math:`\lVert K^{-1} \nabla L(z) \rVert`, ``"loss"`` by
             :math:`\sqrt{s(z)}` (RelatIF). Solves for every sample.
         rescale: let z leave the curvature too, the :math:`1/(1 - h)` of exact leave-one-out. Solves for every sample
@@ -78,6 +79,8 @@ class InfluenceModule(LightningModule):
         double: compute in float64, on a copy.
         seed: of sketches, projections and drawn batches.
         cache_bytes: memory for linearised batches; what does not fit is linearised again in every pass.
+        fisher: for factors, and for the traces of ``damping="auto"`` and ``"lissa"``: ``"type2"``, all outputs of a
+            sample; ``"mc"``, labels drawn from the model (each rank its own); ``"auto"``, the former up to 256 outputs.
 
     Raises:
         ValueError: An argument out of range; a damping of 0 with a singular curvature; gradients that are not finite,
@@ -107,7 +110,7 @@ class InfluenceModule(LightningModule):
         weight_decay: float = 0.0,
         rank: int = 100,
         tol: float = 1e-2,
-        max_iterations: int = 200,
+        max_iterations: int | None = None,
         normalize: Literal["parameter", "loss"] | None = None,
         rescale: bool = False,
         include: str | None = None,
@@ -115,6 +118,7 @@ class InfluenceModule(LightningModule):
         double: bool = False,
         seed: int = 0,
         cache_bytes: int = 2**30,
+        fisher: Literal["auto", "type2", "mc"] = "auto",
     ) -> None:
         super().__init__()
         if mode == "gradients" and output_dir is None:
@@ -128,8 +132,9 @@ class InfluenceModule(LightningModule):
         self.include = include
         self.output_dir = None if output_dir is None else Path(output_dir)
         self.options = Options(
-            solver, curvature, damping, weight_decay, rank, tol, max_iterations, normalize, rescale, seed, cache_bytes
-        )
+            solver, curvature, damping, weight_decay, rank, tol, max_iterations, normalize, rescale, seed, cache_bytes,
+            fisher,
+        )  # fmt: skip
         self.store: RowStore | None = None
         self.solved: Tensor | None = None
         self._query_gradients: Tensor | None = None

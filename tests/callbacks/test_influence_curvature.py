@@ -18,7 +18,9 @@ QUIET = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_b
          "enable_model_summary": False, "enable_checkpointing": False}  # fmt: skip
 KEYS = {"influence/trace", "influence/lambda_max", "influence/effective_dimension"}
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*smaller than the logging")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*does not have many workers", "ignore:.*smaller than the logging", "ignore:.*have no Kronecker"
+)
 
 
 def table(n=11):

@@ -22,6 +22,13 @@ def data(dtype=torch.float32, sizes=(5, 3, 6)):
 
 
 OBJECTIVE = InfluenceObjective()
+pytestmark = pytest.mark.filterwarnings("ignore:.*have no Kronecker factors")
+
+
+def test_parameters_without_factors_are_named():
+    with pytest.warns(UserWarning, match=r"2 of 6 parameters \(\d+% of the numbers\) have no.*: 2.weight, 2.bias"):
+        metric = KroneckerFactors(network(), OBJECTIVE)
+    assert metric.diagonal == ("2.weight", "2.bias")
 
 
 @pytest.mark.parametrize("include", [None, "weight"])

@@ -12,7 +12,7 @@ from lightning_ext.modules import Classifier, InfluenceModule
 from tests.modules import influence_reference as ref
 from tests.modules.influence_reference import Dense, classes, close, loader, matrix, network, predict
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
+pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*have no Kronecker factors")
 
 
 def finite_difference(base, value, direction, size=1e-5):

@@ -147,14 +147,17 @@ def test_layers_without_factors_take_the_exact_diagonal(solver):
     torch.manual_seed(0)
     base = Odd()
     module = influence(base, solver=solver)
-    found = module.scores(loader(classes()))
+    with pytest.warns(UserWarning, match=r"2 of 6 parameters \(\d+% .*Kronecker.*: mix.weight, mix.bias"):
+        found = module.scores(loader(classes()))
+    assert module.report["diagonal"] == ["mix.weight", "mix.bias"]
     wanted = ref.Dense(base, classes()[:])
     exact = wanted.scores(ref.queries(), 0.1)
     assert torch.corrcoef(torch.stack([found.flatten(), exact.flatten()]))[0, 1] > 0.7
     only = influence(base, solver="ekfac", include="mix")
     dense = ref.Dense(base, classes()[:], keep=lambda name: "mix" in name)
     diagonal = dense.ggn().diagonal().diag()
-    close(only.scores(loader(classes())), dense.scores(ref.queries(), 0.1, diagonal))
+    with pytest.warns(UserWarning, match="2 of 2 parameters"):
+        close(only.scores(loader(classes())), dense.scores(ref.queries(), 0.1, diagonal))
 
 
 def test_no_parameter_is_chosen():

@@ -443,10 +443,12 @@ RANKS = {
     "trak": {"solver": "trak", "rank": 8},
     "lanczos": {"solver": "lanczos", "rank": 10},
     "gradients": {"mode": "gradients"},
+    "lissa": {"solver": "lissa", "max_iterations": 30},
 }
 
 
 @pytest.mark.ddp
+@pytest.mark.filterwarnings("ignore:lissa stopped")
 @pytest.mark.parametrize(("name", "samples"), [*((name, 7) for name in RANKS), ("self", N), ("rescale", N)])
 def test_two_ranks_find_what_one_finds(name, samples, tmp_path):
     """Seven samples in batches of two: one rank has two batches, the last of two, the other two with one at the end."""
@@ -484,17 +486,6 @@ def test_two_ranks_finish_what_one_began(tmp_path):
     dense = ref.Dense(network(*SIZES), data[:])
     g = dense.gradients()
     close(RowStore(tmp_path / "cut").read(torch.arange(9))[:, 0], (g @ dense.inverse(0.1) * g).sum(1))
-
-
-@pytest.mark.ddp
-@pytest.mark.filterwarnings("ignore:lissa stopped")
-def test_lissa_on_two_ranks_draws_twice_as_much(tmp_path, exact):
-    module = stored(tmp_path / "scores", solver="lissa", max_iterations=300)
-    Trainer(**ddp_trainer_kwargs(enable_checkpointing=False)).predict(
-        module, loader(classes()), return_predictions=False
-    )
-    found = RowStore(tmp_path / "scores").read(torch.arange(N)).mT
-    assert torch.corrcoef(torch.stack([found.flatten(), exact.flatten()]))[0, 1] > 0.98
 
 
 @pytest.mark.ddp

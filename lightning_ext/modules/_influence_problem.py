@@ -1,0 +1,155 @@
+"""What an inverse curvature is made of: operator, data, damping, and what may be spent; and what every inverse is."""
+
+import contextlib
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_ext.functional import (
+    ConvergenceWarning,
+    CurvatureOperator,
+    EmpiricalFisherOperator,
+    GGNOperator,
+    HessianOperator,
+    InfluenceObjective,
+    ParameterView,
+    SolveInfo,
+    seeded_generator,
+)
+from lightning_ext.modules._influence_data import Shard
+
+OPERATORS: dict[str, type[CurvatureOperator]] = {
+    "ggn": GGNOperator,
+    "hessian": HessianOperator,
+    "empirical_fisher": EmpiricalFisherOperator,
+}
+MOST_TERMS = 5000  # of a Neumann series
+ROOT_BYTES = 2**31  # rows of a batch's square root that are held
+EXACT_OUTPUTS = 256  # of a sample, up to which "auto" takes all of them
+_DRAWS = 4  # random vectors for the trace of a sample's curvature
+
+
+@dataclasses.dataclass
+class Problem:
+    """What an inverse may use. ``damping`` includes the weight decay; ``operator`` has no damping."""
+
+    module: nn.Module
+    objective: InfluenceObjective
+    view: ParameterView
+    shard: Shard
+    curvature: str
+    semidefinite: bool  # whether a Hessian is known to be
+    operator: Any  # of the kind that OPERATORS says
+    product: Callable[[Tensor], Tensor]  # the operator's, with a bar that counts
+    outputs: int  # numbers in one sample's outputs
+    damping: float
+    rank: int
+    tol: float
+    max_iterations: int | None
+    seed: int
+    reduce: Callable[[Tensor], Tensor] | None = None
+    rank_of_process: int = 0
+    world: int = 1
+    fisher: Literal["type2", "mc"] = "type2"  # whether the output Hessian's root is drawn from
+
+    @property
+    def indefinite(self) -> bool:
+        """Whether there may be negative eigenvalues."""
+        return self.curvature == "hessian" and not self.semidefinite
+
+    def damped(self, rows: Tensor) -> Tensor:
+        """K times rows."""
+        return self.product(rows).add_(rows, alpha=self.damping)
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """The sum over ranks."""
+        return tensor if self.reduce is None else self.reduce(tensor)
+
+    @property
+    def budget(self) -> int:
+        """The most iterations of a Krylov solver."""
+        return self.max_iterations or 200
+
+    def generator(self) -> torch.Generator:
+        """Of this rank's draws."""
+        return seeded_generator(self.seed, self.rank_of_process, device=self.view.device)
+
+    def sample_traces(self) -> Tensor:
+        """Traces of this rank's samples' curvature."""
+        return sample_traces(self.operator, self.fisher, self.generator())
+
+
+def sample_traces(operator: Any, fisher: Literal["type2", "mc"], generator: torch.Generator) -> Tensor:
+    """Traces ``(n,)`` of the samples' curvature, exact or from a few random vectors each."""
+    traces: Tensor = operator.per_sample_traces(0 if fisher == "type2" else _DRAWS, generator)
+    return traces
+
+
+def chosen_fisher(fisher: Literal["auto", "type2", "mc"], outputs: int) -> Literal["type2", "mc"]:
+    """The exact Fisher matrix costs a backward pass per output, which is much for a sequence of words."""
+    if fisher not in ("auto", "type2", "mc"):
+        raise ValueError(f"fisher must be 'auto', 'type2' or 'mc'; got {fisher!r}.")
+    if fisher != "auto":
+        return fisher
+    return "type2" if outputs <= EXACT_OUTPUTS else "mc"
+
+
+def root_fits(problem: Problem) -> bool:
+    """Whether the rows of a batch's square root fit the memory: one for each output of a sample."""
+    rows = problem.shard.batch_size * problem.outputs
+    return int(rows * problem.view.numel * problem.operator.dtype.itemsize) <= ROOT_BYTES
+
+
+def solved_with(problem: Problem, solve: Callable[[], tuple[Tensor, SolveInfo]]) -> tuple[Tensor, SolveInfo]:
+    """Solve with a matrix; where it has no Cholesky factor, say which argument mends that."""
+    try:
+        return solve()
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # documented, untyped
+        raise ValueError(
+            f"the curvature is not positive definite with damping + weight_decay = {problem.damping:g}: give a larger "
+            "damping"
+            + (
+                ", or solver='normal_cg'."
+                if problem.indefinite
+                else ", or double=True if this is a matter of rounding."
+            )
+        ) from error
+
+
+@contextlib.contextmanager
+def own_words() -> Iterator[None]:
+    """Keep quiet what a solver advises, whose arguments are not those that were given here."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        yield
+
+
+class Inverse:
+    """:math:`K^{-1}` times rows.
+
+    Attributes:
+        collective: whether a solve runs collectives, so that all ranks must solve together.
+        data_free: whether it never asks for the curvature.
+        facts: what building it found out, by name.
+    """
+
+    collective = False
+    data_free = False
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.facts: dict[str, Any] = {}
+
+    def solve(self, rows: Tensor) -> tuple[Tensor, SolveInfo | None]:
+        """Solve for rows ``(R, D)``; None instead of a report where the method knows no residual."""
+        raise NotImplementedError
+
+    def random(self, *shape: int) -> Tensor:
+        """Normal numbers that are the same on every rank."""
+        generator = torch.Generator().manual_seed(self.problem.seed)
+        operator = self.problem.operator
+        return torch.randn(*shape, generator=generator, dtype=operator.dtype).to(operator.device)
