@@ -2,9 +2,9 @@ r"""
 Learn a second task, keep the first, store no data
 ==================================================
 
-Fine-tune a network and it forgets. ``FunctionSpaceRegularizer`` (after LAFTR: Dhawan et al., ICML 2023, arXiv 2302.03519)
-adds a penalty to the loss of whatever LightningModule it is attached to: an estimate of how far the *outputs* on earlier
-data have moved, from moments of the inputs that were kept when those data were still there.
+Fine-tune a network and it forgets. ``FunctionSpaceRegularizer`` (after LAFTR: Dhawan et al., ICML 2023, arXiv
+2302.03519) adds a penalty to the loss of whatever LightningModule it is attached to: an estimate of how far the
+*outputs* on earlier data have moved, from moments of the inputs that were kept when those data were still there.
 """
 
 # %%
