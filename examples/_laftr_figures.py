@@ -88,7 +88,10 @@ def memory(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
             for axis in (axes.xaxis, axes.yaxis):
                 axis.set_minor_locator(NullLocator())
             axes.set_yticks(ERRORS, map(str, ERRORS))
-            _label(axes, [(_place(row), 1 - row["accuracy"], row["method"]) for row in rows])
+            _label(
+                axes,
+                [(_place(row), 1 - row["accuracy"], row["method"].replace("the same", "laftr-relu")) for row in rows],
+            )
         panels[0][0].set_ylabel("mean error on all tasks, after the last")
         present = {kind(row["method"]) for rows in results.values() for row in rows}
         handles = [
