@@ -77,6 +77,13 @@ class SoftmaxCrossEntropy(OutputLoss):
             return counted
         return counted / counted.reshape(len(y), -1).sum(1).clamp(min=1).reshape(-1, *[1] * (y.ndim - 2))
 
+    def _curved(self, y: Tensor, t: Tensor | None) -> Tensor:
+        """Return each position's weight in the Hessian: probabilities that do not sum to 1 count by their sum."""
+        weights = self.weights(y, t)
+        if t is None or not self._soft(y, t):
+            return weights
+        return weights * fit_targets(t, y.shape, "the outputs' shape").sum(-1)
+
     def _expected(self, y: Tensor, t: Tensor) -> Tensor:
         if self._soft(y, t):
             return fit_targets(t, y.shape, "the outputs' shape").to(y.dtype)
@@ -96,12 +103,13 @@ class SoftmaxCrossEntropy(OutputLoss):
 
     def gradient(self, y: Tensor, t: Tensor) -> Tensor:  # noqa: D102
         wide = at_least_32_bit(y)
-        return (self.weights(wide, t).unsqueeze(-1) * (wide.softmax(-1) - self._expected(wide, t))).to(y.dtype)
+        slope = self._curved(wide, t).unsqueeze(-1) * wide.softmax(-1)
+        return (slope - self.weights(wide, t).unsqueeze(-1) * self._expected(wide, t)).to(y.dtype)
 
     def hessian_product(self, y: Tensor, t: Tensor | None, u: Tensor) -> Tensor:  # noqa: D102
         self._soft(y, t)
         wide = at_least_32_bit(y)
-        p, weights = wide.softmax(-1), self.weights(wide, t).unsqueeze(-1)
+        p, weights = wide.softmax(-1), self._curved(wide, t).unsqueeze(-1)
         weighted = p * u
         return (weights * (weighted - p * weighted.sum(-1, keepdim=True))).to(u.dtype)
 
@@ -112,7 +120,7 @@ class SoftmaxCrossEntropy(OutputLoss):
         self._soft(y, t)
         wide = at_least_32_bit(y)
         classes = y.shape[-1]
-        p, weights = (x.reshape(len(y), -1, *x.shape[y.ndim - 1 :]) for x in (wide.softmax(-1), self.weights(wide, t)))
+        p, weights = (x.reshape(len(y), -1, *x.shape[y.ndim - 1 :]) for x in (wide.softmax(-1), self._curved(wide, t)))
         basis = torch.eye(classes, dtype=p.dtype, device=p.device)
         for position in range(p.shape[1]):  # a column belongs to one position
             here, weight = p[:, position], weights[:, position, None]
@@ -130,14 +138,14 @@ class SoftmaxCrossEntropy(OutputLoss):
         p = wide.softmax(-1)
         labels = torch.multinomial(p.reshape(-1, p.shape[-1]), 1, generator=generator).reshape(p.shape[:-1])
         difference = p - F.one_hot(labels, p.shape[-1]).to(p.dtype)
-        return (self.weights(wide, t).sqrt().unsqueeze(-1) * difference).to(y.dtype)
+        return (self._curved(wide, t).sqrt().unsqueeze(-1) * difference).to(y.dtype)
 
     def bregman(self, y: Tensor, y_ref: Tensor, t: Tensor | None = None) -> Tensor:  # noqa: D102
         self._soft(y, t)
         y, y_ref = at_least_32_bit(y), at_least_32_bit(y_ref.detach())
         excluded = (y_ref == -torch.inf) & (y == -torch.inf)
         change = (y - y_ref).masked_fill(excluded, 0.0)
-        return sum_per_sample(self.weights(y, t) * log_partition_divergence(change, y_ref.log_softmax(-1)))
+        return sum_per_sample(self._curved(y, t) * log_partition_divergence(change, y_ref.log_softmax(-1)))
 
 
 @dataclass(frozen=True)

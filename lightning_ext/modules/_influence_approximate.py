@@ -69,6 +69,7 @@ class Lissa(Inverse):
 class Kfac(Inverse):
     """Kronecker factors of each layer."""
 
+    approximate = True
     corrected = False
 
     def __init__(self, problem: Problem) -> None:
@@ -102,6 +103,8 @@ class Trak(Inverse):
     TRAK (Park et al. 2023, arXiv:2303.14186) weights a training sample's margin gradient by one minus its probability:
     that is its loss gradient, up to the sign.
     """
+
+    approximate = True
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)

@@ -105,6 +105,7 @@ class Engine:
         self.report: dict[str, Any] = {}
         self.solved_for: str | None = None  # digest of the queries that were solved last
         self._inverse: Inverse | None = None
+        self._doubted = False
 
     @property
     def solves_batches(self) -> bool:
@@ -332,9 +333,19 @@ class Engine:
     def factors(self, batch: Any) -> Tensor:
         r"""The rows :math:`H^{1/2} J / \sqrt N` of each sample, ``(B, K, D)``."""
         size = batch_size(batch)
+        self._doubt_rescaling()
         with evaluating(self.base):
             rows = GGNOperator(self.base, self.objective, [batch], self.view, num_samples=size).square_root_rows()
         return rows.view(-1, size, self.view.numel).transpose(0, 1) * math.sqrt(size / self.num_train)
+
+    def _doubt_rescaling(self) -> None:
+        if self.inverse.approximate and not self._doubted:
+            self._doubted = True
+            rank_zero_warn(
+                f"rescale takes a sample's exact curvature out of an approximate one (solver="
+                f"{self.report['solver']!r}): the size of the scores is not that of leaving samples out. Use 'direct', "
+                "'block_cg' or 'nystrom_cg', or rescale=False."
+            )
 
     def leave_out(self, groups: Sequence[Sequence[int]], queries: Tensor, rescale: bool) -> Tensor:
         """Effects ``(Q, len(groups))`` of removing groups of samples."""

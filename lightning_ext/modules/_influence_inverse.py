@@ -46,6 +46,7 @@ class Identity(Inverse):
     """Inner products of gradients: K = I."""
 
     data_free = True
+    approximate = True
 
     def solve(self, rows: Tensor) -> tuple[Tensor, SolveInfo | None]:
         """Return the rows."""
@@ -152,6 +153,8 @@ class NormalConjugateGradients(Inverse):
 class Nystrom(Inverse):
     """A random sketch instead of the matrix."""
 
+    approximate = True
+
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
         operator = problem.operator
@@ -176,6 +179,8 @@ class Nystrom(Inverse):
 class NystromCG(BlockConjugateGradients, Nystrom):
     """Block conjugate gradients behind the sketch."""
 
+    approximate = False
+
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
         self.preconditioner = self.sketch.preconditioner(problem.damping)
@@ -183,6 +188,8 @@ class NystromCG(BlockConjugateGradients, Nystrom):
 
 class Lanczos(Inverse):
     """The leading eigenvectors alone; what lies outside of them counts as zero (Schioppa et al. 2022)."""
+
+    approximate = True
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)

@@ -134,11 +134,13 @@ class Inverse:
     Attributes:
         collective: whether a solve runs collectives, so that all ranks must solve together.
         data_free: whether it never asks for the curvature.
+        approximate: whether it inverts another matrix, however long it computes.
         facts: what building it found out, by name.
     """
 
     collective = False
     data_free = False
+    approximate = False
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem

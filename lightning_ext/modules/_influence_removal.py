@@ -1,6 +1,7 @@
 """Which samples each copy of a network is trained without, and where fresh copies start."""
 
 import copy
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -25,13 +26,20 @@ Groups = Sequence[int | Sequence[int]]
 def as_groups(remove: Groups | Tensor) -> list[list[int]]:
     """One list of positions per copy; an integer is a group of one."""
     entries = remove.tolist() if isinstance(remove, Tensor) else list(remove)
-    groups = [[int(e)] if isinstance(e, int) else [int(i) for i in e] for e in entries]
+    groups = [_as_group(entry) for entry in entries]
     for g, group in enumerate(groups):
         if len(set(group)) < len(group) or any(i < 0 for i in group):
             raise ValueError(f"remove[{g}] must name samples from 0 on, each at most once; got {group[:20]}.")
     if not groups:
         raise ValueError("remove must name at least one sample or group; got none.")
     return groups
+
+
+def _as_group(entry: Any) -> list[int]:
+    try:
+        return [operator.index(entry)]  # numbers of NumPy and tensors of one element too
+    except TypeError:
+        return [operator.index(i) for i in entry]
 
 
 def as_masks(keep: Sequence[Sequence[int]] | Tensor) -> Tensor | list[list[int]]:
@@ -155,7 +163,7 @@ def fresh_parameters(
 ) -> dict[str, Tensor]:
     """Initial values of the chosen parameters, drawn from ``seed``; the global generator is left alone."""
     fresh = copy.deepcopy(module)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[view.device] if view.device.type == "cuda" else []):
         torch.manual_seed(seed)
         if initialize is not None:
             initialize(fresh)

@@ -36,6 +36,7 @@ def huberish(y, t):
 CASES = {
     "softmax": (SoftmaxCrossEntropy(), draw(3, 4), LABELS),
     "softmax soft": (SoftmaxCrossEntropy(), draw(3, 4), draw(3, 4, seed=1).softmax(-1)),
+    "softmax of several labels": (SoftmaxCrossEntropy(), draw(3, 2, 4), draw(3, 2, 4, seed=1).square()),
     "softmax tokens": (SoftmaxCrossEntropy(), draw(3, 3, 4), TOKENS),
     "softmax grid": (SoftmaxCrossEntropy(ignore_index=0), draw(3, 2, 2, 4), torch.arange(12).reshape(3, 2, 2) % 4),
     "bernoulli": (BernoulliCrossEntropy(), draw(3, 4), draw(3, 4, seed=1).sigmoid()),

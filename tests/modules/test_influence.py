@@ -343,7 +343,7 @@ def test_without_damping_the_units_of_the_inputs_do_not_matter():
 
 
 @pytest.mark.parametrize("solver", ["direct", "dual", "nystrom_cg", "ekfac", "trak", "lissa"])
-@pytest.mark.filterwarnings("ignore:lissa stopped", "ignore:.*have no Kronecker factors")
+@pytest.mark.filterwarnings("ignore:lissa stopped", "ignore:.*have no Kronecker factors", "ignore:rescale takes")
 def test_the_base_is_left_as_it_was(solver):
     base = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Dropout(0.5), nn.Linear(5, 3))
     base[3].weight.grad = torch.ones(3, 5)

@@ -110,3 +110,13 @@ def test_advice_names_arguments_that_exist(solver):
 def test_each_number_is_named(name):
     with pytest.raises(ValueError, match=f"^{name} must be at least 1; got 0"):
         influence(**{name: 0})
+
+
+@pytest.mark.parametrize("solver", ["ekfac", "kfac", "trak", "identity", "nystrom", "lanczos", "nystrom_cg"])
+def test_rescaling_with_another_matrix_is_doubted_once(solver):
+    module = influence(solver=solver, damping=1.0, rank=20, rescale=True, tol=1e-6)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        module.leave_out([[0], [1, 2]], loader(classes()))
+    doubts = [w for w in found if "rescale takes a sample's exact curvature" in str(w.message)]
+    assert len(doubts) == (solver != "nystrom_cg")

@@ -3,6 +3,7 @@
 import copy
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -295,6 +296,13 @@ class Bare(nn.Module):
 
     def forward(self, x):
         return x @ self.weight
+
+
+def test_removed_samples_may_be_numbers_of_any_kind():
+    entries = [np.int64(3), torch.tensor(2), np.array([1, 0]), (np.int32(4), 5), range(6, 8)]
+    module = ResponseModule(net(), remove=entries)
+    assert module.groups == [[3], [2], [1, 0], [4, 5], [6, 7]]
+    assert ResponseModule(net(), remove=np.array([3, 4])).groups == [[3], [4]]
 
 
 def test_removed_samples_come_from_whatever_the_loader_reads():
