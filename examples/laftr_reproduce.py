@@ -23,10 +23,11 @@ and R1b come out at 0.09 and 0.10, and R2's LAFTR below 0.8. R5's network is tra
 - F, only with ``--full --data DIR``: the configurations of the official code on Split and Permuted MNIST and on Split
   CIFAR-10/100. For a GPU; F has not been run in full yet.
 
-Where LAFTR falls short here: R1a, R1b and R5a miss their thresholds, by the spread between seeds, and of the ten tasks
-K-FAC with a searched weight comes within 0.05 (R6b) at more memory. A replay buffer of 40 images takes less memory than
-moments by class and forgets as little. EWC with R2's weight ends below fine-tuning on ten tasks; with weights from 1 to
-1,000, tried once afterwards on the seed that is not reported, EWC stays below 0.48 and online EWC below 0.57.
+Where LAFTR falls short here: R1a, R1b and R5a miss their thresholds, each by less than a standard deviation over the
+seeds; of the ten tasks K-FAC, with the better of two weights, comes within 0.05 (R6b), with more memory. A replay
+buffer of 40 images takes less memory than moments by class and forgets as little. EWC with R2's weight ends below
+fine-tuning on ten tasks; with weights from 1 to 1,000, tried once afterwards on the seed that is not reported, EWC
+stays below 0.48 and online EWC below 0.57.
 
 R3 of the specification, digits split among heads, is left out: every method ends above 0.99. The first term of the
 PBRF on the training data is replaced by LAFTR's; there the removed sample's loss is linear, as it must be to have a
