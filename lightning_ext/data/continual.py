@@ -108,9 +108,9 @@ class ContinualDataModule(ResumableDataModule):
             raise ValueError(f"num_tasks must be at least 1; got {num_tasks}.")
         pairs = _pairs(data, test)
         tasks: list[list[Dataset[Any]]] = [[TensorDataset(*pair) for pair in pairs]]
-        for seed in range(1, num_tasks):
+        for number in range(1, num_tasks):
             size = pairs[0][0][0].numel()
-            order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
+            order = torch.randperm(size, generator=torch.Generator().manual_seed(number))
             tasks.append([PermutedImages(*pair, order) for pair in pairs])
         return cls(tasks, batch_size, task, num_workers, seed)
 

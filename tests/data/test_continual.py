@@ -300,3 +300,8 @@ def test_a_task_that_is_not_there():
         with pytest.raises(ValueError, match="task must lie between 0 and 0; got 1"):
             ask(1)
     assert data.task == 0
+
+
+@pytest.mark.parametrize("build", ["permuted", "split", "domain_split"])
+def test_the_seed_of_the_training_order_is_the_one_that_was_given(build):
+    assert getattr(ContinualDataModule, build)(seed=7).seed == 7
