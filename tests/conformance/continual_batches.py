@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_ext.data import ContinualDataModule, DigitsDataModule
+
 TASKS = 2
 
 
@@ -58,3 +60,18 @@ def matrix_reference(batches: Sequence[Any]) -> dict[str, Tensor]:
     for batch in batches:  # one for each entry
         matrix[batch["seen"], batch["task"]] = (batch["preds"].argmax(1) == batch["target"]).double().mean()
     return {"cl/matrix": matrix}
+
+
+def _digits() -> tuple[Any, Any]:
+    """Grey values in [0, 1], as the module that is trained on them wants."""
+    digits = DigitsDataModule(binarize=False)
+    digits.setup()
+    return digits.train_set.tensors, digits.held_out_set.tensors
+
+
+def permuted() -> ContinualDataModule:
+    return ContinualDataModule.permuted(*_digits(), num_tasks=3, batch_size=16, task=1)
+
+
+def pairs() -> ContinualDataModule:
+    return ContinualDataModule.domain_split(*_digits(), batch_size=8)

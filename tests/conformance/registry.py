@@ -313,8 +313,8 @@ _DATA = [
     Entry(
         ["ContinualDataModule"],
         "data",
-        lambda: data.ContinualDataModule.permuted(num_tasks=3, batch_size=16, task=1),
-        other=lambda: data.ContinualDataModule.domain_split(batch_size=8),
+        continual_batches.permuted,
+        other=continual_batches.pairs,
         module=components.digits_vae,
         networks=("encoder", "decoder"),
         skip={
