@@ -15,7 +15,6 @@ from lightning_ext.data import ContinualDataModule
 from lightning_ext.functional import average_accuracy, backward_transfer
 from lightning_ext.nn import FunctionSpaceEstimator, function_space_estimator
 
-WIDTHS = (64, 64, 64, 10)
 BATCH, EPOCHS, TASKS = 32, 10, 5
 Pair = tuple[Tensor, Tensor]
 
@@ -28,11 +27,11 @@ class Task:
     test: Pair
 
 
-def mlp(seed: int = 0) -> nn.Sequential:
-    """ReLU units."""
+def mlp(seed: int = 0, units: int = 64) -> nn.Sequential:
+    """Two hidden layers of ReLU units."""
     torch.manual_seed(seed)
     layers: list[nn.Module] = []
-    for fan_in, fan_out in pairwise(WIDTHS):
+    for fan_in, fan_out in pairwise((64, units, units, 10)):
         layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 

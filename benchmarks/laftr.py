@@ -107,11 +107,11 @@ def gradient(distance: Callable[[nn.Module], Tensor], model: nn.Module) -> Calla
     return lambda: torch.autograd.grad(distance(model), parameters)
 
 
-def plain_exact() -> Callable[[nn.Module], Tensor]:
+def plain_exact(network: Callable[[int], nn.Module] = mlp) -> Callable[[nn.Module], Tensor]:
     """The mean divergence from stored outputs, with nothing around it."""
     x = tasks()[0].train[0][:STORED]
     with torch.no_grad():
-        before = trained()(x).log_softmax(1)
+        before = trained(network)(x).log_softmax(1)
     return lambda model: kl_div(model(x).log_softmax(1), before, reduction="batchmean", log_target=True)
 
 
@@ -147,6 +147,26 @@ def penalty() -> Rows:
                     peer_version=None, goal=0.5 if drawn and peer != tangent else 1.0, why=why,
                 )
             )  # fmt: skip
+    return rows
+
+
+def width() -> Rows:
+    """One penalty of 40 draws and its gradient, against the exact one, as the network widens."""
+    rows = []
+    for units in (64, 128, 256, 512, 1024):
+        network = partial(mlp, units=units)
+        model = moved(trained(network))
+        ours = fitted("laftr-relu", network, num_samples=DRAWN, class_conditional=False)
+        timing = paired(
+            gradient(ours.distance, model), gradient(plain_exact(network), model),
+            calls=10 if units < 512 else 2, repeats=21,
+        )  # fmt: skip
+        rows.append(
+            timed_row(
+                f"one penalty and its gradient: laftr-relu, 64-{units}-{units}-10, against exact on {STORED} samples",
+                timing, peer_name="plain torch", peer_version=None, goal=0.5, why=milliseconds(timing),
+            )
+        )  # fmt: skip
     return rows
 
 
@@ -403,7 +423,7 @@ def progress(line: str) -> None:
 
 
 STARTED = time.perf_counter()
-ROWS = (penalty, statistics, steps, avalanche_steps, overhead, growth, accuracy)
+ROWS = (penalty, width, statistics, steps, avalanche_steps, overhead, growth, accuracy)
 
 
 def main() -> None:

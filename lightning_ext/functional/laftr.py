@@ -107,7 +107,7 @@ def gated_distance(
         One forward pass of each network, and a backward pass of one. Nothing is drawn here and nothing is reduced over
         ranks.
     """
-    with torch.no_grad(), RecordActivations(sites or ()) as tape:
+    with torch.no_grad(), RecordActivations(sites or (), watch=False) as tape:
         old = forward(reference, x)
     with ReplayActivations(tape.sites):
         new = forward(current, x)

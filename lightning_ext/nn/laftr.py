@@ -66,7 +66,7 @@ class FunctionSpaceEstimator(nn.Module):
         self._kept: dict[str, Tensor] = {}
         self._facts: dict[str, Any] = {}
         self._draws, self._shared = 0, False
-        self._seen: tuple[nn.Module, Substitution] | None = None
+        self._seen: tuple[nn.Module, Substitution, dict[str, Tensor]] | None = None
 
     def extra_repr(self) -> str:
         """What it measures, and whether it can."""
@@ -221,7 +221,8 @@ class FunctionSpaceEstimator(nn.Module):
 
     def values_of(self, module: nn.Module) -> dict[str, Tensor]:
         """What :func:`named_values` gives, looked up once for a distance."""
-        return self._substitution(module).values()
+        seen = self._seen
+        return dict(seen[2]) if seen is not None and seen[0] is module else named_values(module)
 
     def _substitution(self, module: nn.Module) -> Substitution:
         seen = self._seen
@@ -259,7 +260,8 @@ class FunctionSpaceEstimator(nn.Module):
     def _quiet(self, module: nn.Module) -> Iterator[None]:
         compiled = any(name.endswith("_orig_mod") for name, _ in module.named_modules())
         plainly = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
-        self._seen = module, Substitution(module, plain_name)  # looked up once
+        places = Substitution(module, plain_name)
+        self._seen = module, places, places.values()
         try:
             with evaluating(module), torch.autocast(_weight(module).device.type, enabled=False), plainly:
                 yield

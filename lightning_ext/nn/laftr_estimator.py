@@ -302,7 +302,7 @@ class LAFTREstimator(FunctionSpaceEstimator):
     ) -> tuple[Tensor, Tensor]:
         """Outputs of the reference, and of the module with the reference's activations, on the same inputs."""
         reference, current = self.reference_values(module), self.parameters_of(module)  # modes slow every look at them
-        with torch.no_grad(), RecordActivations(given or ()) as tape:
+        with torch.no_grad(), RecordActivations(given or (), watch=False) as tape:
             old = self.run(module, reference, x)
         with ReplayActivations(tape.sites):
             new = self.run(module, current, x)

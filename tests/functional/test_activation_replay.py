@@ -448,3 +448,18 @@ def test_channels_lie_where_the_last_layer_put_them():
 def test_every_net_of_the_table_is_of_another_kind():
     seen = [tuple(site.name for site in record(*build(name)[:2])[0].sites) for name in NETS]
     assert len(set(itertools.chain(*seen))) >= 24
+
+
+def test_without_watching_the_expansions_are_the_same():
+    network = nn.Sequential(nn.Conv1d(1, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(9, 2), nn.Tanh())
+    x = torch.randn(5, 1, 4)
+    with torch.no_grad(), RecordActivations() as tape:
+        network(x).abs()
+    with torch.no_grad(), RecordActivations(watch=False) as quick:
+        out = network(x).abs()
+    assert tape.others == {"abs"}
+    assert not quick.others
+    for site, twin in zip(tape.sites, quick.sites, strict=True):
+        assert torch.equal(site.slope, twin.slope)
+        assert site.name == twin.name
+    assert not vars(out)
