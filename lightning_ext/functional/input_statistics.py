@@ -292,6 +292,22 @@ class InputModel:
     units: tuple[tuple[int, ...], ...] = ()
     _layouts: dict[int, tuple[list[int], Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
 
+    @classmethod
+    def mean_of(cls, models: "Sequence[InputModel]") -> "InputModel":
+        """The groups of several models side by side, each model with an equal share.
+
+        Args:
+            models: at least one, with inputs and units of one shape and factors of one size.
+        """
+        first, share = models[0], 1 / len(models)
+        return cls(
+            torch.cat([model.weights * share for model in models]),
+            torch.cat([model.means for model in models]),
+            torch.cat([model.factors for model in models]),
+            tuple(torch.cat(gates) for gates in zip(*(model.gates for model in models), strict=True)),
+            first.units,
+        )
+
     def to(self, like: Tensor) -> "InputModel":
         """The same in the dtype and on the device of a tensor."""
         gates = tuple(gate.to(like) for gate in self.gates)
@@ -332,10 +348,12 @@ class InputModel:
         means = self.means.flatten(1)
         if self.factors.ndim == 2:
             x = torch.addcmul(means[group], self.factors[group], noise)
+        elif min(counts) == max(counts):
+            x = torch.baddbmm(means.unsqueeze(1), noise.view(len(means), -1, rank), self.factors.mT)
         else:
             parts = zip(means, self.factors, torch.split(noise, counts), strict=True)
             x = torch.cat([torch.addmm(m, e, factor.mT) for m, factor, e in parts if len(e)])
-        return x.view(-1, *self.means.shape[1:]), weights, group
+        return x.reshape(-1, *self.means.shape[1:]), weights, group
 
     def _layout(self, num: int) -> tuple[list[int], Tensor, Tensor]:
         if num < 1:

@@ -1,5 +1,6 @@
 """LAFTR: the distance from moments of the inputs and mean gates, or the reference's own gates on drawn inputs."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -20,6 +21,7 @@ from lightning_ext.functional import (
     output_divergence,
     sequential_layers,
 )
+from lightning_ext.nn._laftr_sums import Gathered, joined, packed, unpacked
 from lightning_ext.nn.laftr import FunctionSpaceEstimator, MeanDistance, Reduce, require_batches, widened
 
 __all__ = ["LAFTREstimator"]
@@ -131,22 +133,25 @@ class LAFTREstimator(FunctionSpaceEstimator):
     # -- statistics ---------------------------------------------------------------------------------------------------
 
     def _fit(self, module: nn.Module, batches: Iterable[Any], reduce: Reduce | None) -> None:
-        statistics, hessians = None, None
+        statistics, hessians, gathered = None, None, Gathered()
         for batch in batches:
-            x = self.inputs_of(batch)
-            with RecordActivations() as tape:
-                outputs = self._forward(module, x)
+            x, sites = self.inputs_of(batch), ()
+            if statistics is None or self.mode != "relu":  # which needs the shapes alone
+                with RecordActivations(watch=statistics is None) as tape:
+                    outputs = self._forward(module, x)
+                sites = tape.sites
             if statistics is None:
-                statistics = self._zeros(x, outputs, tape.sites)
+                statistics = self._zeros(x, outputs, sites)
                 self._facts["outputs"] = outputs.shape[-1]
-            groups = self._groups(batch, outputs)
-            statistics.add(x, groups, tape.sites if self.mode != "relu" else ())
+            groups = self._groups(batch, len(x))
+            gathered.add(statistics, x, groups, () if self.mode == "relu" else sites)
             if self.mode in ("moments", "mean") and self.divergence == "kl":
                 chosen = outputs if self.heads is None else outputs[..., self.heads]
                 found = class_hessians(chosen.double(), groups, statistics.num_groups, "sum")
                 hessians = found if hessians is None else hessians + found
         require_batches(statistics is not None, module, reduce)
         assert statistics is not None
+        gathered.flush(statistics)
         if reduce is not None:
             statistics.reduce(reduce)
             hessians = None if hessians is None else reduce(hessians)
@@ -181,14 +186,14 @@ class LAFTREstimator(FunctionSpaceEstimator):
             device=x.device if x.device.type != "mps" else "cpu",
         )  # fmt: skip
 
-    def _groups(self, batch: Any, outputs: Tensor) -> Tensor | None:
+    def _groups(self, batch: Any, size: int) -> Tensor | None:
         if not self.class_conditional:
             return None
         labels = self.targets_of(batch)
-        if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.shape != outputs.shape[:1]:
+        if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.shape != (size,):
             told = f"{labels.dtype}, {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
             raise ValueError(
-                f"class_conditional=True needs a class number for each of {len(outputs)} samples as the target; got "
+                f"class_conditional=True needs a class number for each of {size} samples as the target; got "
                 f"{told}. Say with target= where they are, or set class_conditional=False."
             )
         return labels
@@ -199,7 +204,7 @@ class LAFTREstimator(FunctionSpaceEstimator):
         count = state.pop("count")
         n = count.clamp(min=1)
         rows = {name: value / n.view(-1, *[1] * (value.ndim - 1)) for name, value in state.items()}
-        rows["second"] = _packed(rows["second"] - self._outer(statistics, rows["sum"]), self.covariance)
+        rows["second"] = packed(rows["second"] - self._outer(statistics, rows["sum"]), self.covariance)
         self._kept |= {f"statistics.{name}": value.to(dtype) for name, value in rows.items()}
         self._kept["statistics.count"] = count
         self._facts |= {"shape": list(statistics.shape), "units": [list(unit) for unit in statistics.units]}
@@ -216,7 +221,7 @@ class LAFTREstimator(FunctionSpaceEstimator):
         self._require_fitted()
         rows = {name[11:]: value.double() for name, value in self._kept.items() if name.startswith("statistics.")}
         count = rows.pop("count")
-        rows["second"] = _unpacked(rows["second"], self.covariance)
+        rows["second"] = unpacked(rows["second"], self.covariance)
         units = tuple(tuple(unit) for unit in self._facts["units"])
         found = InputStatistics(rows, tuple(self._facts["shape"]), units, self.covariance, None, self.seed)
         rows["second"] = rows["second"] + self._outer(found, rows["sum"])
@@ -276,8 +281,14 @@ class LAFTREstimator(FunctionSpaceEstimator):
         model = self.input_model
         if model.means.dtype != weight.dtype or model.means.device != weight.device:
             self._model = model = model.to(weight)
-        generator = self.generator(weight.device)
-        x, weights, group = model.sample(num or self.num_samples, generator)
+        return self.drawn(module, model, num or self.num_samples)
+
+    def drawn(
+        self, module: nn.Module, model: InputModel, num: int
+    ) -> tuple[Tensor, Tensor, Tensor, list[ActivationSite | None] | None]:
+        """What :meth:`reference_batches` gives, of inputs of another model."""
+        generator = self.generator(model.means.device)
+        x, weights, group = model.sample(num, generator)
         if self.mode != "sample":
             return x, weights, group, None
         return x, weights, group, gates(self._sites(module, x), model.draw_gates(group, generator))
@@ -366,53 +377,40 @@ class _PooledLAFTR(MeanDistance):
 
     estimators: list[Any]
 
+    def __init__(self, estimators: Sequence[FunctionSpaceEstimator]) -> None:
+        super().__init__(estimators)
+        self._first = max(self.estimators, key=lambda each: each._facts["outputs"])
+        alike: dict[str, list[Any]] = {}
+        for each in self.estimators:
+            size = tuple(each._kept["statistics.second"].shape[1:])
+            alike.setdefault(repr((each._facts, size, each.covariance, each.divergence)), []).append(each)
+        self._parts = [
+            (
+                parts[0],
+                len(parts) / len(estimators),
+                InputModel.mean_of([p.statistics.finalise(p.jitter) for p in parts]),
+            )
+            for parts in alike.values()
+        ]
+
     def distance(self, module: nn.Module) -> Tensor:
         """The mean of the tasks' distances, from as many inputs in all as one task has."""
-        first, tasks = max(self.estimators, key=lambda each: each._facts["outputs"]), len(self.estimators)
-        drawn = []
+        weight = next(p for p in module.parameters() if p.is_floating_point())
+        self._parts = [(part, share, model.to(weight)) for part, share, model in self._parts]
+        drawn, first = [], self._first
         with first._quiet(module):
             first._require_same(module)
-            for number, estimator in enumerate(self.estimators):
-                estimator.reseed(self._draws * tasks + number)
-                drawn.append(estimator.reference_batches(module, -(-first.num_samples // tasks)))
-            given = None if first.mode == "relu" else _joined([sites for *_, sites in drawn])
+            for number, (part, share, model) in enumerate(self._parts):
+                part.reseed(self._draws * len(self._parts) + number)
+                drawn.append(part.drawn(module, model, math.ceil(first.num_samples * share)))
+            given = None if first.mode == "relu" else joined([sites for *_, sites in drawn])
             old, new = first.replay(module, torch.cat([x for x, *_ in drawn]), given)
             sizes = [len(x) for x, *_ in drawn]
-            parts = zip(self.estimators, drawn, torch.split(new, sizes), torch.split(old, sizes), strict=True)
             found = []
-            for estimator, (_, weights, *_), z1, z0 in parts:
-                z1, z0 = (z[..., : estimator._facts["outputs"]] for z in (z1, z0))  # those that there were
-                found.append(output_divergence(z1, z0, estimator.divergence, estimator.heads, weights))
+            for (part, share, _), (_, weights, *_), z1, z0 in zip(
+                self._parts, drawn, torch.split(new, sizes), torch.split(old, sizes), strict=True
+            ):
+                z1, z0 = (z[..., : part._facts["outputs"]] for z in (z1, z0))  # those that there were
+                found.append(share * output_divergence(z1, z0, part.divergence, part.heads, weights))
         self._draws += 1
-        return torch.stack(found).mean()
-
-
-def _joined(each: Sequence[Sequence[ActivationSite | None]]) -> list[ActivationSite | None]:
-    joined: list[ActivationSite | None] = []
-    for sites in zip(*each, strict=True):
-        gated = [site for site in sites if site is not None]
-        if not gated:
-            joined.append(None)
-            continue
-        [site] = gates(gated[:1], [torch.cat([site.gate for site in gated if site.gate is not None])])
-        joined.append(site)
-    return joined
-
-
-def _packed(second: Tensor, covariance: str) -> Tensor:
-    """Of a symmetric matrix the lower half."""
-    if covariance != "full":
-        return second
-    rows, columns = torch.tril_indices(*second.shape[1:], device=second.device)
-    return second[:, rows, columns]
-
-
-def _unpacked(second: Tensor, covariance: str) -> Tensor:
-    if covariance != "full":
-        return second
-    size = int((2 * second.shape[1]) ** 0.5)  # d of d (d + 1) / 2
-    rows, columns = torch.tril_indices(size, size, device=second.device)
-    full = second.new_zeros(len(second), size, size)
-    full[:, rows, columns] = second
-    full[:, columns, rows] = second
-    return full
+        return torch.stack(found).sum()

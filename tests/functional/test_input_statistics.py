@@ -1,6 +1,7 @@
 """Sums of shards are the sums of the whole, their moments are those of the data, and draws have these moments."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -277,3 +278,21 @@ def test_only_like_statistics_merge():
     for first, second in itertools.permutations(kinds, 2):
         with pytest.raises(ValueError, match="only statistics of the same shapes"):
             first.merge(second)
+
+
+@pytest.mark.parametrize("num", [20_000, 30_001])  # as many of each group, or not
+def test_several_models_side_by_side_have_equal_shares(num):
+    roots = torch.tensor([[[2.0, 0.0], [1.0, 1.0]], [[1.0, 0.0], [0.0, 3.0]]])
+    half, means = torch.tensor([0.5, 0.5]), torch.tensor([[5.0, 0.0], [0.0, -5.0]])
+    parts = [InputModel(half, means * k, roots * k, (torch.rand(2, 3),)) for k in (1.0, 2.0)]
+    if num % 2:
+        parts[0] = replace(parts[0], weights=torch.tensor([0.25, 0.75]))
+    joined = InputModel.mean_of(parts)
+    assert torch.equal(joined.gates[0], torch.cat([part.gates[0] for part in parts]))
+    x, weights, group = joined.sample(num, torch.Generator().manual_seed(0))
+    for place, part in ((0, parts[0]), (2, parts[1])):
+        for c in (0, 1):
+            rows = x[group == place + c]
+            assert weights[group == place + c].sum().item() == pytest.approx(part.weights[c].item() / 2, rel=1e-5)
+            torch.testing.assert_close(rows.mean(0), part.means[c], rtol=0.0, atol=0.3)
+            torch.testing.assert_close(torch.cov(rows.mT), part.covariance()[c], rtol=0.1, atol=0.6)

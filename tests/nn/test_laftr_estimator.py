@@ -294,3 +294,25 @@ def test_bad_arguments_are_named(arguments, message):
 def test_inputs_must_be_a_tensor():
     with pytest.raises(ValueError, match="inputs must be a tensor to have a mean and a covariance; got dict"):
         LAFTREstimator(forward=lambda m, x: m(x["x"]), inputs=lambda batch: batch).fit(network(), [{"x": table()[0]}])
+
+
+@pytest.mark.parametrize("mode", ["relu", "sample"])
+def test_a_loader_may_use_its_memory_again(mode):
+    def reusing():
+        x, labels = torch.empty(30, 4, dtype=torch.float64), torch.empty(30, dtype=torch.long)
+        for rows, classes in batches(30):
+            yield x.copy_(rows), labels.copy_(classes)
+
+    net = network()
+    ours, theirs = fitted("laftr-" + mode, net, reusing()), fitted("laftr-" + mode, net, batches(30))
+    for name, kept in theirs.statistics.state.items():
+        torch.testing.assert_close(ours.statistics.state[name], kept, rtol=1e-12, atol=1e-12)
+
+
+def test_moments_of_the_inputs_need_one_pass_of_the_network():
+    net, calls = network(), []
+    net.register_forward_hook(lambda *_: calls.append(1))
+    fitted("laftr", net)
+    assert len(calls) == 1
+    with pytest.raises(ValueError, match=r"shape \(B, 4\); got \(5, 3\)"):
+        fitted("laftr", net, [*batches(), (torch.zeros(5, 3, dtype=torch.float64), torch.zeros(5).long())])
