@@ -1,6 +1,6 @@
 """What is asked of a model: its outputs for a batch, the loss it was trained with, the measurement of interest."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,8 @@ __all__ = ["InfluenceObjective", "batch_size", "concatenate", "differentiable", 
 def evaluating(module: nn.Module) -> Iterator[nn.Module]:
     """Hold a module in evaluation mode, and put each submodule's own mode back afterwards.
 
+    The flags are set without calling ``train``, in which some modules do more, such as merge weights.
+
     >>> layer = nn.Dropout()
     >>> with evaluating(layer):
     ...     layer.training
@@ -27,12 +29,22 @@ def evaluating(module: nn.Module) -> Iterator[nn.Module]:
     True
     """
     modes = [(part, part.training) for part in module.modules()]
-    module.eval()
+    for part, training in modes:
+        if training:
+            _set_mode(part, False)
     try:
         yield module
     finally:
         for part, training in modes:
-            part.training = training
+            if part.training != training:
+                _set_mode(part, training)
+
+
+def _set_mode(part: nn.Module, training: bool) -> None:
+    if "training" in vars(part):
+        vars(part)["training"] = training  # a module's own assignment costs ten times as much
+    else:
+        part.training = training  # a scripted one keeps it elsewhere
 
 
 @contextmanager
@@ -102,6 +114,22 @@ class InfluenceObjective:
         if measurement in ("margin", "logit") and not isinstance(self.loss, SoftmaxCrossEntropy):
             raise ValueError(f"measurement={measurement!r} is about softmax classes; the loss is {self.loss}.")
 
+    @classmethod
+    def of(cls, objective: "InfluenceObjective | None") -> "InfluenceObjective":
+        """Return the objective, or the default for None.
+
+        Raises:
+            ValueError: If it is something else, such as the name of a loss.
+        """
+        if objective is None:
+            return cls()
+        if not isinstance(objective, InfluenceObjective):
+            raise ValueError(
+                f"objective must be an InfluenceObjective; got {objective!r}. A loss or its name goes into one: "
+                'InfluenceObjective("mse").'
+            )
+        return objective
+
     def __repr__(self) -> str:
         return f"InfluenceObjective({self.loss}, {self.forward!r}, {self.target!r}, {self.measurement!r})"
 
@@ -114,7 +142,7 @@ class InfluenceObjective:
         if callable(self.forward):
             outputs = self.forward(module, batch)
         else:
-            outputs = module(_entry(batch, 0 if self.forward is None else self.forward, "forward"))
+            outputs = _called(module, _entry(batch, 0 if self.forward is None else self.forward, "forward"))
         if not isinstance(outputs, Tensor) or not outputs.ndim:
             raise ValueError(
                 f"the outputs must be a tensor with the samples first; got {_described(outputs)}. Pass "
@@ -162,6 +190,37 @@ class InfluenceObjective:
 
         return function
 
+    def check_targets(self, y: Tensor, t: Tensor, names: Sequence[int]) -> None:
+        """Refuse targets that are no classes of a cross-entropy; nothing is asked of other losses.
+
+        Args:
+            y: the outputs of one sample, ``(1, ...)``.
+            t: the targets of a batch.
+            names: what its samples are called in the message, B numbers.
+
+        Raises:
+            ValueError: If class numbers are floats or out of range, with the samples and the number of classes; or if
+                the outputs have positions in the place of samples, or classes anywhere but in the last dimension.
+        """
+        if not isinstance(self.loss, SoftmaxCrossEntropy) or y.ndim < 2:
+            return
+        _check_layout(y, t)
+        if t.is_floating_point():
+            if t.shape[1:] != y.shape[1:] and t.shape[1:] == y.shape[1:-1]:
+                raise ValueError(
+                    f"the targets are {_described(t)}: class numbers must be integers, so return targets.long(), and "
+                    f"probabilities of the {y.shape[-1]} classes must have the outputs' shape."
+                )
+            return
+        outside = ((t < 0) | (t >= y.shape[-1])) & (t != self.loss.ignore_index)
+        rows = outside.reshape(len(t), -1).any(1).nonzero().flatten().tolist()
+        if rows:
+            found = sorted(set(t[outside].tolist()))[:10]
+            raise ValueError(
+                f"the targets of samples {[int(names[row]) for row in rows[:20]]} are {found}, and the outputs have "
+                f"{y.shape[-1]} classes, 0 to {y.shape[-1] - 1}."
+            )
+
     def losses(self, y: Tensor, t: Tensor) -> Tensor:
         """Return the training losses, ``(B,)``."""
         return self.loss.value(y, t)
@@ -200,6 +259,29 @@ def _described(thing: Any) -> str:
     return f"a tensor {tuple(thing.shape)} of {thing.dtype}" if isinstance(thing, Tensor) else type(thing).__name__
 
 
+def _called(module: nn.Module, entry: Any) -> Any:
+    try:
+        return module(entry)
+    except TypeError as error:
+        raise ValueError(
+            f"{type(module).__name__} was called with one entry of the batch and raised: {error}. Where it needs more, "
+            "pass forward=function(module, batch)."
+        ) from error
+
+
+def _check_layout(y: Tensor, t: Tensor) -> None:
+    if len(y) != 1 and t[:1].numel() == len(y):
+        raise ValueError(
+            f"one sample of {len(y)} positions gives outputs {tuple(y.shape)}, positions in the place of samples. Keep "
+            "them apart: forward=lambda module, batch: module(batch[0]).unflatten(0, batch[1].shape)."
+        )
+    if not t.is_floating_point() and t.shape[1:] != y.shape[1:-1] and t.shape[1:] == y.shape[2:]:
+        raise ValueError(
+            f"the outputs (B, {', '.join(map(str, y.shape[1:]))}) have the classes in dimension 1, and cross-entropy "
+            "wants them last: forward=lambda module, batch: module(batch[0]).movedim(1, -1)."
+        )
+
+
 def _entry(batch: Any, key: int | str, argument: str) -> Any:
     if isinstance(batch, Mapping) is isinstance(key, str) and not isinstance(batch, Tensor):
         try:
@@ -209,7 +291,7 @@ def _entry(batch: Any, key: int | str, argument: str) -> Any:
     found = f"a mapping with {list(batch)}" if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
     raise ValueError(
         f"{argument} looks for batch[{key!r}], but the batch is {found}. Pass {argument}= as the key of a mapping, or "
-        "as a function of the batch."
+        "as a function of the batch; and where a list of batches is asked for, [(x, t)] is one of a single batch."
     )
 
 

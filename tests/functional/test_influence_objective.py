@@ -73,6 +73,27 @@ def test_evaluating_restores_each_part():
     assert [part.training for part in module.modules()] == modes
 
 
+class Merging(nn.Linear):
+    """Does more than take up a mode when it is asked for one."""
+
+    def train(self, mode=True):
+        raise AssertionError("train was called")
+
+
+def test_evaluating_calls_no_train():
+    module = nn.Sequential(nn.Dropout(), Merging(2, 2))
+    with evaluating(module):
+        assert not module[1].training
+    assert module[1].training
+
+
+def test_evaluating_reaches_scripted_parts():
+    module = nn.Sequential(torch.jit.script(nn.Dropout(0.5)))
+    with evaluating(module):
+        assert torch.equal(module(torch.ones(100)), torch.ones(100))
+    assert module[0].training
+
+
 def test_the_function_depends_on_the_chosen_parameters_alone():
     module, given = network().eval(), batch()
     view = ParameterView(module, "^4")
