@@ -40,12 +40,14 @@ class _OutputShare:
         self._linearized = operator.linearize(batch, check)
         self.outputs = self._linearized.outputs
         self._columns = operator.columns_per_sample(self.outputs)
+        self._between: Callable[[Tensor], Tensor] | None = None
         self._layers: LayerProducts | None = None
         self._by_layers = operator.backend == "auto"
 
     @property
     def nbytes(self) -> int:
-        return self._linearized.nbytes + (self._layers.nbytes if self._layers else 0)
+        between = 2 * self.outputs.nbytes  # at most
+        return between + self._linearized.nbytes + (self._layers.nbytes if self._layers else 0)
 
     def product(self, rows: Tensor) -> Tensor:
         self._rows_seen += len(rows)
@@ -55,9 +57,10 @@ class _OutputShare:
             if self._layers is not None:
                 return self._layers.product(rows)
             self._by_layers = False
-        y, t, linearized = self.outputs, self._targets, self._linearized
+        y, linearized = self.outputs, self._linearized
+        between = self._between = self._between or self._operator.between(y, self._targets)
         parts = torch.split(rows, max(1, _BLOCK_BYTES // max(1, y.numel() * y.element_size())))
-        products = [linearized.vjp(self._operator.between(y, t, linearized.jvp(part))) for part in parts]
+        products = [linearized.vjp(between(linearized.jvp(part))) for part in parts]
         return products[0] if len(products) == 1 else torch.cat(products)
 
     def _affordable(self, layers: LayerProducts | None) -> LayerProducts | None:
@@ -68,8 +71,8 @@ class _ThroughOutputs(CurvatureOperator):
     """Curvature of the form J^T B J, where B, positive semidefinite, belongs to each sample's outputs."""
 
     @abstractmethod
-    def between(self, y: Tensor, t: Tensor, u: Tensor) -> Tensor:
-        """Multiply output tangents ``(R, *y.shape)`` by B."""
+    def between(self, y: Tensor, t: Tensor) -> Callable[[Tensor], Tensor]:
+        """Return what multiplies output tangents ``(R, *y.shape)`` by B."""
 
     @abstractmethod
     def columns(self, y: Tensor, t: Tensor) -> Tensor:
@@ -207,8 +210,8 @@ class GGNOperator(_ThroughOutputs):
                 "Use HessianOperator with a solver for indefinite systems."
             )
 
-    def between(self, y: Tensor, t: Tensor, u: Tensor) -> Tensor:  # noqa: D102
-        return self.objective.loss.hessian_product(y, t, u)
+    def between(self, y: Tensor, t: Tensor) -> Callable[[Tensor], Tensor]:  # noqa: D102
+        return self.objective.loss.hessian_at(y, t)
 
     def columns(self, y: Tensor, t: Tensor) -> Tensor:  # noqa: D102
         return self.objective.loss.hessian_sqrt(y, t)
@@ -231,10 +234,14 @@ class EmpiricalFisherOperator(_ThroughOutputs):
     tensor([[9.]])
     """
 
-    def between(self, y: Tensor, t: Tensor, u: Tensor) -> Tensor:  # noqa: D102
+    def between(self, y: Tensor, t: Tensor) -> Callable[[Tensor], Tensor]:  # noqa: D102
         gradient = self.objective.loss.gradient(y, t)
-        along = (u * gradient).flatten(2).sum(2) if y.ndim > 1 else u * gradient
-        return along.reshape(*along.shape, *[1] * (y.ndim - 1)) * gradient
+
+        def product(u: Tensor) -> Tensor:
+            along = (u * gradient).flatten(2).sum(2) if y.ndim > 1 else u * gradient
+            return along.reshape(*along.shape, *[1] * (y.ndim - 1)) * gradient
+
+        return product
 
     def columns(self, y: Tensor, t: Tensor) -> Tensor:  # noqa: D102
         return self.objective.loss.gradient(y, t).unsqueeze(0)

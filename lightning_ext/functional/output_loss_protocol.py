@@ -9,7 +9,8 @@ Nothing here averages over the batch: every value is one sample's, so that the c
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,6 +43,10 @@ class OutputLoss(ABC):
     @abstractmethod
     def hessian_product(self, y: Tensor, t: Tensor | None, u: Tensor) -> Tensor:
         r"""Return :math:`H_b u_b`; ``u`` has the shape ``(*leading, *y.shape)``, and so has the result."""
+
+    def hessian_at(self, y: Tensor, t: Tensor | None) -> Callable[[Tensor], Tensor]:
+        """Return :meth:`hessian_product` as a function of ``u`` alone, for many products at one point."""
+        return partial(self.hessian_product, y, t)
 
     @abstractmethod
     def hessian_sqrt(self, y: Tensor, t: Tensor | None) -> Tensor:

@@ -107,11 +107,18 @@ class SoftmaxCrossEntropy(OutputLoss):
         return (slope - self.weights(wide, t).unsqueeze(-1) * self._expected(wide, t)).to(y.dtype)
 
     def hessian_product(self, y: Tensor, t: Tensor | None, u: Tensor) -> Tensor:  # noqa: D102
+        return self.hessian_at(y, t)(u)
+
+    def hessian_at(self, y: Tensor, t: Tensor | None) -> Callable[[Tensor], Tensor]:  # noqa: D102
         self._soft(y, t)
         wide = at_least_32_bit(y)
-        p, weights = wide.softmax(-1), self._curved(wide, t).unsqueeze(-1)
-        weighted = p * u
-        return (weights * (weighted - p * weighted.sum(-1, keepdim=True))).to(u.dtype)
+        p = wide.softmax(-1)
+        weighted_p = self._curved(wide, t).unsqueeze(-1) * p
+
+        def product(u: Tensor) -> Tensor:
+            return (weighted_p * (u - (p * u).sum(-1, keepdim=True))).to(u.dtype)
+
+        return product
 
     def hessian_sqrt(self, y: Tensor, t: Tensor | None) -> Tensor:  # noqa: D102
         return torch.cat(list(self.hessian_columns(y, t, max(1, y.shape[-1]))))

@@ -97,6 +97,14 @@ def test_hessian_products_are_those_of_the_values(loss, y, t):
 
 
 @CASE
+def test_many_products_at_one_point_are_single_products(loss, y, t):
+    multiply = loss.hessian_at(y, t)
+    for seed in (2, 3):
+        rows = draw(5, *y.shape, seed=seed)
+        torch.testing.assert_close(multiply(rows), loss.hessian_product(y, t, rows), rtol=1e-14, atol=1e-15)
+
+
+@CASE
 def test_columns_multiply_to_the_hessian(loss, y, t):
     columns = loss.hessian_sqrt(y, t)
     assert columns.shape[1:] == y.shape
