@@ -101,7 +101,7 @@ class TracInCallback(Callback):
             raise ValueError(f"project_dim must be at least 1, or None for exact products; got {project_dim}.")
         if isinstance(queries, Iterator) or isinstance(samples, Iterator):
             raise ValueError("queries and samples are read at every checkpoint: pass loaders or lists, no iterators.")
-        self.objective = objective or InfluenceObjective()
+        self.objective = InfluenceObjective.of(objective)
         self.queries, self.samples = queries, samples
         self.every_n_epochs, self.include, self.project_dim, self.seed = every_n_epochs, include, project_dim, seed
         self.with_self_influence, self.filename = self_influence, filename

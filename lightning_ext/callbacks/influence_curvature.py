@@ -102,7 +102,7 @@ class CurvatureCollector(Callback):
             raise ValueError(f"damping must be positive: without it the effective dimension is a rank; got {damping}.")
         if isinstance(samples, Iterator):
             raise ValueError("samples is gone through more than once: pass a loader, no iterator.")
-        self.objective = objective or InfluenceObjective()
+        self.objective = InfluenceObjective.of(objective)
         self.method, self.fisher = method, fisher
         self.samples, self.include, self.every_n_epochs = samples, include, every_n_epochs
         self.damping, self.max_width, self.output_dir, self.seed = damping, max_width, output_dir, seed

@@ -10,7 +10,7 @@ from torch import Tensor
 
 __all__ = ["RowStore"]
 
-_DESCRIPTION, _ROWS, _DONE = "store.json", "rows.bin", "done.bin"
+_DESCRIPTION, _ROWS, _DONE, _REPORT = "store.json", "rows.bin", "done.bin", "report.json"
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float64, torch.float32, torch.bfloat16)}
 
 
@@ -88,9 +88,13 @@ class RowStore:
             with (self.folder / name).open("wb") as file:
                 file.truncate(size)
         description = {"num_samples": num_samples, "dim": dim, "dtype": dtype, "fingerprint": fingerprint}
-        partial = self.folder / f"{_DESCRIPTION}.partial"
-        partial.write_text(json.dumps(description), encoding="utf-8")
-        partial.replace(self.folder / _DESCRIPTION)  # last: a table without its description was never finished
+        (self.folder / _REPORT).unlink(missing_ok=True)
+        self._write_json(_DESCRIPTION, description)  # last: a table without its description was never finished
+
+    def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        partial = self.folder / f"{name}.partial"
+        partial.write_text(json.dumps(content), encoding="utf-8")
+        partial.replace(self.folder / name)
 
     def _mapped(self, name: str, size: int, dtype: torch.dtype) -> Tensor:
         return torch.from_file(str(self.folder / name), shared=True, size=size, dtype=dtype)
@@ -104,6 +108,17 @@ class RowStore:
         """Indices of the rows that are not there yet, ascending."""
         return (self._done == 0).nonzero().flatten()
 
+    @property
+    def report(self) -> dict[str, Any]:
+        """What was written by :meth:`write_report`; empty before."""
+        path = self.folder / _REPORT
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return found
+
+    def write_report(self, report: Mapping[str, Any]) -> None:
+        """Keep plain values about how the rows came to be, in place of those before; by one process at a time."""
+        self._write_json(_REPORT, report)
+
     def write(self, indices: Tensor, rows: Tensor) -> None:
         """Write ``rows`` ``(B, dim)`` at ``indices`` ``(B,)``."""
         if rows.shape != (len(indices), self.dim):
@@ -113,8 +128,9 @@ class RowStore:
         self.rows[indices] = rows.detach().to("cpu", self.rows.dtype)
         self._done[indices] = 1
 
-    def read(self, indices: Tensor) -> Tensor:
-        """The rows at ``indices``, ``(B, dim)``; an error if one is missing."""
+    def read(self, indices: Tensor | None = None) -> Tensor:
+        """The rows at ``indices``, ``(B, dim)``, default all ``(N, dim)``; an error if one is missing."""
+        indices = torch.arange(self.num_samples) if indices is None else indices
         self._check(indices)
         indices = indices.cpu()
         if not bool(self._done[indices].all()):

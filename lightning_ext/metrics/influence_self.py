@@ -69,7 +69,7 @@ class SelfInfluence(ConcatenatingMetric):
         if not 0 <= damping < float("inf") or (curvature is None and damping == 0):
             raise ValueError(f"damping must be at least 0, and positive without a curvature; got {damping!r}.")
         self.curvature, self.damping = curvature, damping
-        self.objective = objective or InfluenceObjective()
+        self.objective = InfluenceObjective.of(objective)
         self.add_pieces("values", torch.float64)
         self.add_pieces("indices", torch.long)
 

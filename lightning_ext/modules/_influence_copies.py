@@ -11,6 +11,7 @@ from lightning_ext._lightning import LightningModule
 from lightning_ext.data import IndexedBatch
 from lightning_ext.functional import InfluenceObjective, ParameterView
 from lightning_ext.modules._influence_data import plain
+from lightning_ext.modules._influence_input import as_model
 
 
 class StackedCopies(LightningModule):
@@ -28,8 +29,8 @@ class StackedCopies(LightningModule):
         super().__init__()
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1 or None; got {chunk_size}.")
-        self.objective, self.chunk_size = objective or InfluenceObjective(), chunk_size
-        self.base = _uncompiled(copy.deepcopy(base)).eval()
+        self.objective, self.chunk_size = InfluenceObjective.of(objective), chunk_size
+        self.base = _uncompiled(copy.deepcopy(as_model(base))).eval()
         self.view = ParameterView(self.base, include)
         self.base.requires_grad_(False)
 

@@ -30,6 +30,7 @@ from lightning_ext.functional import (
 )
 from lightning_ext.modules._influence_data import Shard
 from lightning_ext.modules._influence_identity import described, digest, sum_of_digests
+from lightning_ext.modules._influence_input import TargetCheck
 from lightning_ext.modules._influence_inverse import BLOCK_BYTES, BLOCKS, INVERSES, build_inverse, chosen_solver
 from lightning_ext.modules._influence_problem import OPERATORS, Inverse, Problem, chosen_fisher, sample_traces
 from lightning_ext.modules._influence_source import CurvatureSource
@@ -280,14 +281,14 @@ class Engine:
 
     def query_gradients(self, batches: Iterable[Any]) -> Tensor:
         """Gradients ``(Q, D)`` of the measurements."""
-        found = []
+        found, check = [], TargetCheck(self.base, self.objective)
         for number, batch in enumerate(batches):
             try:
+                if not callable(self.objective.measurement):  # else it may do with targets of any kind
+                    check(batch)
                 found.append(self.measurements.explicit(batch))
             except ValueError as error:
                 raise ValueError(f"In batch {number} of the queries, {error}") from error
-        if not found:
-            raise ValueError("queries holds no batch: give a loader or a list, which can be gone through many times.")
         gradients = torch.cat(found)
         saturated = (gradients == 0).all(1).nonzero().flatten().tolist()
         if saturated:

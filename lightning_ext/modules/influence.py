@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
-from torch.utils.data import DistributedSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
+from torch.utils.data import DataLoader
 
 from lightning_ext._lightning import LightningModule, MisconfigurationException, refuse_sharded
 from lightning_ext.data import RowStore
@@ -15,17 +16,17 @@ from lightning_ext.functional import InfluenceObjective, ParameterView, batch_si
 from lightning_ext.modules._influence_data import Shard, plain
 from lightning_ext.modules._influence_engine import Engine, Options, state_of
 from lightning_ext.modules._influence_identity import digest
+from lightning_ext.modules._influence_input import TargetCheck, as_model, check_queries
 from lightning_ext.modules._influence_source import CurvatureSource
+from lightning_ext.modules._influence_table import ScoreTable, told, warn_unless_kept
 
 __all__ = ["InfluenceModule"]
 
+Mode = Literal["pairwise", "self", "gradients"]
 Solver = Literal[
     "auto", "direct", "dual", "block_cg", "nystrom_cg", "cg", "normal_cg", "nystrom", "lanczos", "neumann", "lissa",
     "ekfac", "kfac", "trak", "identity",
 ]  # fmt: skip
-
-
-_DRAWING = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler, DistributedSampler)
 
 
 class InfluenceModule(LightningModule):
@@ -74,8 +75,9 @@ class InfluenceModule(LightningModule):
         rescale: let z leave the curvature too, the :math:`1/(1 - h)` of exact leave-one-out. Solves for every sample
             and output.
         include: regular expression; only parameters whose name it finds.
-        output_dir: folder for a :class:`~lightning_ext.data.RowStore` with one row per sample. Results stream there; a
-            run that was cut off goes on where it stopped.
+        output_dir: folder for a :class:`~lightning_ext.data.RowStore` with one row per sample. Results of ``mode``
+            stream there, with and without a Trainer. A run that was cut off solves for its queries again and goes on
+            with the rows that are missing; where none is, nothing is solved.
         double: compute in float64, on a copy.
         seed: of sketches, projections and drawn batches.
         cache_bytes: memory for linearised batches; what does not fit is linearised again in every pass.
@@ -85,8 +87,8 @@ class InfluenceModule(LightningModule):
     Raises:
         ValueError: An argument out of range; a damping of 0 with a singular curvature; gradients that are not finite,
             with the samples' indices.
-        MisconfigurationException: FSDP, DeepSpeed and other sharding strategies; a loader without indices; half
-            precision weights.
+        MisconfigurationException: FSDP, DeepSpeed and other sharding strategies; a loader without indices, or whose
+            sampler takes some samples only; half precision weights.
 
     Source: Koh and Liang 2017; Bae, Ng, Lo, Ghassemi, Grosse 2022 (arXiv:2209.05364); RelatIF, Barshan et al. 2020.
 
@@ -103,7 +105,7 @@ class InfluenceModule(LightningModule):
         base: nn.Module,
         objective: InfluenceObjective | None = None,
         queries: Iterable[Any] | None = None,
-        mode: Literal["pairwise", "self", "gradients"] = "pairwise",
+        mode: Mode = "pairwise",
         solver: Solver = "auto",
         curvature: Literal["ggn", "hessian", "empirical_fisher"] = "ggn",
         damping: float | Literal["auto"] = 1e-2,
@@ -125,8 +127,10 @@ class InfluenceModule(LightningModule):
             raise ValueError("mode='gradients' writes one row per sample; say where with output_dir.")
         if mode not in ("pairwise", "self", "gradients"):
             raise ValueError(f"mode must be 'pairwise', 'self' or 'gradients'; got {mode!r}.")
+        as_model(base)
+        check_queries(queries)
         self.base = copy.deepcopy(base).double() if double else base
-        self.objective = objective or InfluenceObjective()
+        self.objective = InfluenceObjective.of(objective)
         self.queries = queries
         self.mode = mode
         self.include = include
@@ -135,29 +139,48 @@ class InfluenceModule(LightningModule):
             solver, curvature, damping, weight_decay, rank, tol, max_iterations, normalize, rescale, seed, cache_bytes,
             fisher,
         )  # fmt: skip
-        self.store: RowStore | None = None
+        self._table: ScoreTable | None = None
         self.solved: Tensor | None = None
         self._query_gradients: Tensor | None = None
         self._engine: Engine | None = None
         self._key: Any = None
-        self._asked = ""
         self._round = self._rounds = 0
 
     @property
     def report(self) -> dict[str, Any]:
-        """Solver, damping, and of all solves with this curvature the worst residual and whether all converged."""
-        return {} if self._engine is None else dict(self._engine.report)
+        """Solver, damping, and of all solves with this curvature the worst residual and whether all converged.
+
+        Where another process solved, as under strategies that fork, or nobody had to: what stands in ``output_dir``.
+        """
+        return told(self.output_dir) if self._engine is None else dict(self._engine.report)
+
+    @property
+    def store(self) -> RowStore | None:
+        """The table that the last run wrote, where it had an ``output_dir``."""
+        return None if self._table is None else self._table.store
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what holds open files and graphs; a copy builds its own."""
-        return {**super().__getstate__(), "_engine": None, "_key": None, "store": None}
+        return {**super().__getstate__(), "_engine": None, "_key": None, "_table": None}
 
     # -- with a Trainer ----------------------------------------------------------------------------------------------
+
+    def configure_callbacks(self) -> list[Any]:
+        """Say what to do instead where it is not predict that runs; the first hook that there is."""
+        asked = self.trainer.state.fn
+        if asked is not None and asked.value != "predict":
+            raise MisconfigurationException(
+                f"{type(self).__name__} has nothing for trainer.{asked.value}: it scores what base was trained on. "
+                "Call trainer.predict(influence, train_loader)."
+            )
+        return []
 
     def on_predict_start(self) -> None:
         """Look at the data, and solve for the queries."""
         trainer = self.trainer
         refuse_sharded(trainer, type(self).__name__, "takes whole parameters apart")
+        if self.output_dir is None:
+            warn_unless_kept(trainer)
         loader: Any = trainer.predict_dataloaders
         if isinstance(loader, list):
             if len(loader) != 1:
@@ -165,15 +188,11 @@ class InfluenceModule(LightningModule):
             loader = loader[0]
         with differentiable(None):
             engine = self._engine_for(loader, trainer.global_rank, trainer.world_size)
-            if self.mode == "pairwise":
-                self._solve_queries(engine)
-            else:
-                self._query_gradients = self.solved = None
-            self._open_store(engine, trainer.is_global_zero)
+            self._begin(engine, self.mode, trainer.is_global_zero, trainer.strategy.broadcast)
             self._round, self._rounds = 0, engine.most(int(trainer.num_predict_batches[0]))
-        told = {f"influence/{name}": value for name, value in self.report.items() if isinstance(value, float)}
+        report = {f"influence/{name}": value for name, value in self.report.items() if isinstance(value, float)}
         for logger in trainer.loggers:
-            logger.log_metrics(told)
+            logger.log_metrics(report)
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """Score a batch; see the class for what comes back."""
@@ -181,7 +200,8 @@ class InfluenceModule(LightningModule):
         self._round += 1
         with differentiable(None):
             batch = plain(batch, self.view.device, self.view.dtype)
-            return self._result(batch, indices)
+            self._prepared.shard.check(batch, indices.tolist())
+            return self._result(batch, indices, self.mode)
 
     def on_predict_epoch_end(self) -> None:
         """Take part in what ranks with a batch more still solve."""
@@ -189,9 +209,13 @@ class InfluenceModule(LightningModule):
             self._round += 1
             with differentiable(None):
                 self._prepared.join()
+        if self._table is not None:
+            self._table.tell(self.report)
 
     @property
     def _solves_batches(self) -> bool:
+        if self._table is not None and self._table.complete:
+            return False
         return self.mode == "self" or (self.mode == "pairwise" and self._prepared.solves_batches)
 
     @property
@@ -205,25 +229,25 @@ class InfluenceModule(LightningModule):
         """The chosen parameters of the base."""
         return self._prepared.view
 
-    def _result(self, batch: Any, indices: Tensor) -> dict[str, Tensor]:
-        store, engine = self.store, self._prepared
+    def _result(self, batch: Any, indices: Tensor, mode: Mode) -> dict[str, Tensor]:
+        table, engine = self._table, self._prepared
         about = {"indices": indices, "num_samples": torch.tensor(engine.num_samples)}
-        if store is not None and bool(store.done[indices].all()):
+        if table is not None and table.has(indices):
             if self._solves_batches:
                 engine.join()
         else:
-            rows = self._rows(engine, batch, indices)
-            if store is None:
+            rows = self._rows(engine, batch, indices, mode)
+            if table is None:
                 return {"scores": rows.mT, **about}
-            store.write(indices, rows)
-        return about if self.mode == "gradients" else {"scores": store.read(indices).mT, **about}
+            table.store.write(indices, rows)
+        return about if mode == "gradients" else {"scores": table.store.read(indices).mT, **about}
 
-    def _rows(self, engine: Engine, batch: Any, indices: Tensor) -> Tensor:
+    def _rows(self, engine: Engine, batch: Any, indices: Tensor, mode: Mode) -> Tensor:
         """One row per sample of the batch."""
         with engine.naming([(indices, batch)]):
-            if self.mode == "gradients":
+            if mode == "gradients":
                 return engine.losses.explicit(batch)
-            if self.mode == "self":
+            if mode == "self":
                 return engine.own(batch)[:, None]
             assert self._query_gradients is not None
             assert self.solved is not None
@@ -239,25 +263,28 @@ class InfluenceModule(LightningModule):
             )
         return torch.tensor(seen[batch_idx])
 
-    def _open_store(self, engine: Engine, first: bool) -> None:
-        self.store = None
-        if self.output_dir is None:
-            return
-        pairwise = 1 if self.solved is None else len(self.solved)
-        dim = {"pairwise": pairwise, "self": 1, "gradients": engine.view.numel}[self.mode]
-        arguments: dict[str, Any] = {
-            "num_samples": engine.num_samples, "dim": dim, "dtype": str(engine.view.dtype).removeprefix("torch."),
-            "fingerprint": self._fingerprint(engine),
-        }  # fmt: skip
-        if first:
-            self.store = RowStore(self.output_dir, **arguments)
-        self.trainer.strategy.barrier("influence store")
-        if not first:
-            self.store = RowStore(self.output_dir, **arguments)
-
-    def _fingerprint(self, engine: Engine) -> dict[str, Any]:
-        asked = {"queries": self._asked} if self.mode == "pairwise" else {}
-        return {"mode": self.mode, "include": self.include, **engine.identity(), **asked}
+    def _begin(self, engine: Engine, mode: Mode, first: bool = True, agree: Callable[[int], int] | None = None) -> None:
+        """Open the table, and solve for the queries unless all their scores are there."""
+        batches = self._query_batches(engine) if mode == "pairwise" else []
+        self._table = None
+        if self.output_dir is not None and mode == self.mode:
+            number = sum(map(batch_size, batches))
+            asked = {"queries": digest(batches)} if mode == "pairwise" else {}
+            self._table = ScoreTable(
+                self.output_dir, first, agree or (lambda found: found), num_samples=engine.num_samples,
+                dim={"pairwise": number, "self": 1, "gradients": engine.view.numel}[mode],
+                dtype=str(engine.view.dtype).removeprefix("torch."),
+                fingerprint={"mode": mode, "include": self.include, **engine.identity(), **asked},
+            )  # fmt: skip
+            if self._table.complete:
+                engine.report |= self._table.store.report
+                batches = []
+        if batches:
+            self._solve_queries(engine, batches)
+        else:
+            self._query_gradients = self.solved = None
+        if self._table is not None:
+            self._table.tell(engine.report)
 
     # -- without a Trainer -------------------------------------------------------------------------------------------
 
@@ -270,10 +297,7 @@ class InfluenceModule(LightningModule):
         Returns:
             ``(Q, N)``, on the base's device.
         """
-        with differentiable(None):
-            engine = self._engine_for(loader)
-            queries, solved = self._solve_queries(engine)
-            return self._over(engine, lambda batch: engine.pairwise(batch, queries, solved))
+        return self._all(loader, "pairwise")
 
     def solve(self, loader: Any) -> Tensor:
         """The queries' gradients times the inverse curvature, without a Trainer: for stores of gradients.
@@ -285,7 +309,8 @@ class InfluenceModule(LightningModule):
             ``(Q, D)``; its inner products with samples' gradients, over N, are the scores.
         """
         with differentiable(None):
-            return self._solve_queries(self._engine_for(loader))[1]
+            engine = self._engine_for(loader)
+            return self._solve_queries(engine, self._query_batches(engine))
 
     def self_influence(self, loader: Any) -> Tensor:
         r"""How much each sample's own loss depends on its being there, :math:`s(z) \ge 0`, without a Trainer.
@@ -298,18 +323,24 @@ class InfluenceModule(LightningModule):
         Returns:
             ``(N,)`` in the order of the data set.
         """
+        return self._all(loader, "self")[0]
+
+    def _all(self, loader: Any, mode: Mode) -> Tensor:
+        """The scores of all samples."""
+        if self.output_dir is not None and mode != self.mode:
+            rank_zero_warn(
+                f"output_dir is for mode={self.mode!r}, and the scores asked for here are those of mode={mode!r}: they "
+                "are returned and not written."
+            )
         with differentiable(None):
             engine = self._engine_for(loader)
-            return self._over(engine, engine.own)
-
-    @staticmethod
-    def _over(engine: Engine, function: Callable[[Any], Tensor]) -> Tensor:
-        """What a function of a batch says of all samples, which are the last dimension."""
-        parts = []
-        for indexed in engine.shard.indexed():
-            with engine.naming([indexed]):
-                parts.append(function(indexed[1]))
-        return torch.cat(parts, dim=-1)
+            self._begin(engine, mode)
+            if self._table is not None and self._table.complete:
+                return self._table.store.read().mT.to(engine.view.device)
+            found = [self._result(batch, indices, mode)["scores"] for indices, batch in engine.shard.indexed()]
+        if self._table is not None:
+            self._table.tell(engine.report)
+        return torch.cat(found, dim=-1).to(engine.view.device)
 
     def leave_out(self, groups: Sequence[Sequence[int]], loader: Any, rescale: bool = True) -> Tensor:
         """Effects of removing whole groups of samples on the queries' measurement.
@@ -323,19 +354,22 @@ class InfluenceModule(LightningModule):
         Returns:
             ``(Q, len(groups))`` in the measurement's units.
         """
+        if isinstance(groups, DataLoader):
+            raise ValueError("groups comes first, then the loader: leave_out(groups, loader).")
         with differentiable(None):
             engine = self._engine_for(loader)
-            return engine.leave_out(groups, self._gradients_of_queries(engine), rescale)
+            return engine.leave_out(groups, engine.query_gradients(self._query_batches(engine)), rescale)
 
     def _engine_for(self, loader: Any, rank: int = 0, world: int = 1) -> Engine:
         """The engine for a data set; the one that is there when neither data nor parameters changed."""
         view = ParameterView(self.base, self.include)
         if view.dtype in (torch.float16, torch.bfloat16):
             raise MisconfigurationException(
-                f"Curvature needs float32 or float64 parameters; they are {view.dtype}. Use precision='32-true' or "
-                "'bf16-mixed' in the Trainer that predicts."
+                f"Curvature needs float32 or float64 parameters; they are {view.dtype}. Pass double=True or "
+                "base.float(); and where it is the Trainer that casts them, precision='32-true' or 'bf16-mixed'."
             )
-        shard = Shard(loader, lambda batch: plain(batch, view.device, view.dtype), rank, world)
+        check = TargetCheck(self.base, self.objective)
+        shard = Shard(loader, lambda batch: plain(batch, view.device, view.dtype), rank, world, check)
         about = (view.names, view.device, self.objective, self.options, state_of(self.base), self._source_state())
         key = (id(shard.dataset), shard.batch_size, rank, world, *about)
         if self._engine is None or key != self._key:
@@ -355,23 +389,16 @@ class InfluenceModule(LightningModule):
     def _query_batches(self, engine: Engine) -> list[Any]:
         if self.queries is None:
             raise ValueError("queries is None: give InfluenceModule the batches at which the measurement is taken.")
-        sampler = getattr(getattr(self.queries, "batch_sampler", None), "sampler", None)
-        if isinstance(sampler, _DRAWING):
-            raise MisconfigurationException(
-                f"The queries' loader draws its samples ({type(sampler).__name__}), which leaves nobody to say whose "
-                "row of the scores is whose. Use shuffle=False and no sampler."
-            )
-        return [plain(batch, engine.view.device, engine.view.dtype) for batch in self.queries]
+        check_queries(self.queries)
+        batches = [plain(batch, engine.view.device, engine.view.dtype) for batch in self.queries]
+        if not batches:
+            raise ValueError("queries holds no batch: give a loader or a list, which can be gone through many times.")
+        return batches
 
-    def _gradients_of_queries(self, engine: Engine) -> Tensor:
-        batches = self._query_batches(engine)
-        self._asked = digest(batches)
-        return engine.query_gradients(batches)
-
-    def _solve_queries(self, engine: Engine) -> tuple[Tensor, Tensor]:
-        queries = self._gradients_of_queries(engine)
+    def _solve_queries(self, engine: Engine, batches: list[Any]) -> Tensor:
+        queries = engine.query_gradients(batches)
         if self._query_gradients is None or self.solved is None or engine.solved_for != digest(queries):
             self.solved = engine.solve_replicated(queries)
             self._query_gradients = queries
             engine.solved_for = digest(queries)
-        return queries, self.solved
+        return self.solved

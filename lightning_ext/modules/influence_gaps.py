@@ -168,7 +168,7 @@ class InfluenceGapAnalyzer:
             )
         if not callable(estimator) and estimator != "lissa":
             raise ValueError(f"estimator must be 'lissa' or a function; got {estimator!r}.")
-        self.base, self.objective = base, objective or InfluenceObjective()
+        self.base, self.objective = base, InfluenceObjective.of(objective)
         self.remove = as_groups(remove)
         self.damping, self.weight_decay = damping, weight_decay
         self.epochs, self.batch_size = epochs, batch_size

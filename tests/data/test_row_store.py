@@ -105,3 +105,22 @@ def test_bad_input(store, tmp_path):
 def test_repr_says_how_much_is_there(store):
     store.write(torch.tensor([0]), torch.ones(1, 3))
     assert "1 of 5 rows of 3" in repr(store)
+
+
+def test_all_rows_are_read_where_none_is_named(store):
+    rows = torch.arange(15.0).reshape(5, 3)
+    store.write(torch.arange(4), rows[:4])
+    with pytest.raises(ValueError, match=r"Rows \[4\] are not in"):
+        store.read()
+    store.write(torch.tensor([4]), rows[4:])
+    assert torch.equal(store.read(), rows)
+
+
+def test_a_report_lies_beside_the_rows(store):
+    assert store.report == {}
+    store.write_report({"residual": 0.25, "converged": None})
+    assert RowStore(store.folder).report == {"residual": 0.25, "converged": None}
+    store.write_report({"solver": "cg"})
+    assert store.report == {"solver": "cg"}
+    (store.folder / "store.json").unlink()
+    assert RowStore(store.folder, num_samples=2, dim=1).report == {}, "another table was made, and kept its report"

@@ -5,9 +5,11 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_ext._lightning import MisconfigurationException, submodule
+from lightning_ext._lightning import MisconfigurationException, Trainer, submodule
+from lightning_ext.callbacks import CurvatureCollector, TracInCallback
 from lightning_ext.functional import ConvergenceWarning, InfluenceObjective
-from lightning_ext.modules import InfluenceModule
+from lightning_ext.metrics import SelfInfluence
+from lightning_ext.modules import InfluenceGapAnalyzer, InfluenceModule, PBRFModule, ResponseModule
 from lightning_ext.testing import ddp_trainer_kwargs
 from tests.modules import influence_reference as ref
 from tests.modules.influence_reference import N, classes, close, loader, matrix, network, numbers, predict
@@ -38,6 +40,35 @@ ARGUMENTS = {
 def test_arguments_out_of_range(name, value):
     with pytest.raises(ValueError, match=name):
         influence(**{name: value})
+
+
+TAKES_AN_OBJECTIVE = {
+    "InfluenceModule": lambda objective: influence(None, objective),
+    "ResponseModule": lambda objective: ResponseModule(network(*SIZES), objective, remove=[0]),
+    "PBRFModule": lambda objective: PBRFModule(network(*SIZES), objective, [0]),
+    "InfluenceGapAnalyzer": lambda objective: InfluenceGapAnalyzer(network(*SIZES), objective, [0]),
+    "TracInCallback": TracInCallback,
+    "CurvatureCollector": CurvatureCollector,
+    "SelfInfluence": lambda objective: SelfInfluence(objective=objective),
+}
+
+
+@pytest.mark.parametrize("what", TAKES_AN_OBJECTIVE)
+def test_the_name_of_a_loss_is_no_objective(what):
+    with pytest.raises(ValueError, match=r"got 'mse'.*InfluenceObjective\(\"mse\"\)"):
+        TAKES_AN_OBJECTIVE[what]("mse")
+
+
+@pytest.mark.parametrize("kind", [InfluenceModule, lambda base: PBRFModule(base, None, [0])], ids=["scores", "pbrf"])
+def test_a_function_is_no_model(kind):
+    with pytest.raises(ValueError, match=r"base must be a torch.nn.Module.*got function.*forward="):
+        kind(lambda x: x)
+
+
+def test_only_predict_runs():
+    for entry in ("fit", "validate", "test"):
+        with pytest.raises(MisconfigurationException, match=f"trainer.{entry}: .*trainer.predict"):
+            getattr(Trainer(**{**ref.QUIET, "max_epochs": 1}), entry)(influence(), loader(classes()))
 
 
 def test_gradients_need_a_folder():
@@ -166,8 +197,9 @@ def test_no_parameter_is_chosen():
 
 
 def test_half_precision_weights_without_a_trainer():
-    with pytest.raises(MisconfigurationException, match="bfloat16"):
+    with pytest.raises(MisconfigurationException, match=r"bfloat16.*double=True or base.float\(\)"):
         influence(network(*SIZES).bfloat16(), double=False).scores(loader(classes()))
+    assert influence(network(*SIZES).bfloat16(), double=True).scores(loader(classes())).isfinite().all()
 
 
 def test_a_strategy_that_shards_parameters_is_refused():
@@ -261,6 +293,106 @@ def test_a_data_set_of_zero_gradients_scores_nothing():
     assert (module.self_influence(loader(data)) == 0).all()
 
 
+# -- targets and outputs ------------------------------------------------------------------------------------------
+
+
+def labelled(where, value):
+    x, t = classes()[:]
+    t[where] = value
+    return TensorDataset(x, t)
+
+
+@pytest.mark.parametrize("value", [3, -1])
+@pytest.mark.parametrize("solver", ["direct", "dual", "block_cg", "ekfac", "identity"])
+def test_a_class_that_there_is_not_is_named_with_its_sample(solver, value):
+    with pytest.raises(ValueError, match=rf"samples \[8, 13\] are \[{value}\].*3 classes, 0 to 2"):
+        influence(solver=solver).scores(loader(labelled([8, 13], value), 14))
+    with pytest.raises(ValueError, match=rf"samples \[13\] are \[{value}\].*3 classes"):
+        predict(influence(solver=solver), loader(labelled(13, value), shuffle=True))
+    assert influence(solver=solver).scores(loader(labelled(13, -100))).isfinite().all(), "-100 is left out by the loss"
+
+
+def test_groups_and_self_influence_name_a_class_that_there_is_not():
+    for call in (lambda m, data: m.leave_out([[13]], data), lambda m, data: m.self_influence(data)):
+        with pytest.raises(ValueError, match=r"samples \[13\] are \[7\]"):
+            call(influence(), loader(labelled(13, 7)))
+
+
+def test_class_numbers_that_are_no_integers():
+    x, t = classes()[:]
+    with pytest.raises(ValueError, match=r"class numbers must be integers.*long\(\)"):
+        influence().scores(loader(TensorDataset(x, t.float())))
+    soft = torch.nn.functional.one_hot(t, 3).float()
+    assert influence().scores(loader(TensorDataset(x, soft))).isfinite().all()
+
+
+def test_a_query_of_a_class_that_there_is_not():
+    x, t = ref.queries()[0]
+    asked = [(x, t), (x, torch.tensor([0, 3, 1]))]
+    with pytest.raises(ValueError, match=r"batch 1 of the queries, .*samples \[1\] are \[3\].*3 classes"):
+        influence(queries=asked).scores(loader(classes()))
+    logit = InfluenceObjective(measurement=lambda y, t: y[:, 0])
+    assert influence(None, logit, queries=asked).scores(loader(classes())).isfinite().all(), "it reads no targets"
+
+
+class Words(nn.Module):
+    """Logits of each position, laid out in several ways."""
+
+    def __init__(self, lay):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.head, self.lay = nn.Embedding(7, 4), nn.Linear(4, 7), lay
+
+    def forward(self, x):
+        return self.lay(self.head(self.embedding(x)))
+
+
+def words(n=8, length=5):
+    generator = torch.Generator().manual_seed(2)
+    return TensorDataset(*torch.randint(7, (2, n, length), generator=generator))
+
+
+LAYOUTS = {
+    "flattened": (lambda y: y.flatten(0, 1), r"5 positions.*unflatten"),
+    "classes first": (lambda y: y.mT, r"\(B, 7, 5\) have the classes in dimension 1.*movedim\(1, -1\)"),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_outputs_of_sequences_in_another_layout(name):
+    """The advice is followed, and then it works."""
+    lay, message = LAYOUTS[name]
+    remedies = {
+        "flattened": lambda module, batch: module(batch[0]).unflatten(0, batch[1].shape),
+        "classes first": lambda module, batch: module(batch[0]).movedim(1, -1),
+    }
+    queries = [words(2)[:]]
+    with pytest.raises(ValueError, match=message):
+        influence(Words(lay), queries=queries).scores(loader(words()))
+    mended = influence(Words(lay), InfluenceObjective(forward=remedies[name]), queries=queries)
+    plain = influence(Words(lambda y: y), queries=queries)
+    close(mended.scores(loader(words())), plain.scores(loader(words())))
+
+
+def test_sequences_of_several_lengths_are_all_right():
+    """As many positions as classes in one of the batches: no layout is to be guessed from another batch's."""
+    queries = [words(2)[:], words(2, 7)[:], words(2, 3)[:]]
+    assert influence(Words(lambda y: y), queries=queries).scores(loader(words())).shape == (6, 8)
+
+
+def test_a_module_that_takes_more_than_one_entry():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.part = nn.Linear(4, 3)
+
+        def forward(self, x, mask):
+            return self.part(x * mask)
+
+    with pytest.raises(ValueError, match=r"Two was called with one entry.*'mask'.*pass forward="):
+        influence(Two()).scores(loader(classes()))
+
+
 # -- loaders ------------------------------------------------------------------------------------------------------
 
 
@@ -276,11 +408,19 @@ def test_pairs_need_queries():
             call(influence(queries=None))
 
 
-def test_queries_that_are_used_up():
-    module = influence(queries=iter(ref.queries()))
-    module.scores(loader(classes()))
-    with pytest.raises(ValueError, match="queries holds no batch"):
+@pytest.mark.parametrize("queries", [iter(ref.queries()), (batch for batch in ref.queries())], ids=["iter", "yield"])
+def test_queries_that_are_there_once_only_are_refused(queries):
+    with pytest.raises(ValueError, match=r"gives them only once.*list\(queries\)"):
+        influence(queries=queries)
+    module = influence()
+    module.queries = queries
+    with pytest.raises(ValueError, match="only once"):
         module.scores(loader(classes()))
+
+
+def test_queries_without_a_batch():
+    with pytest.raises(ValueError, match="queries holds no batch"):
+        influence(queries=[]).scores(loader(classes()))
 
 
 @pytest.mark.parametrize("asked", ["shuffle", "batch_sampler"])
@@ -296,8 +436,49 @@ def test_queries_without_an_order_are_refused(asked):
 
 @pytest.mark.parametrize("data", [None, [1, 2], "train"], ids=str)
 def test_what_is_no_loader(data):
-    with pytest.raises(MisconfigurationException, match="DataLoader"):
+    with pytest.raises(MisconfigurationException, match="loader must be a DataLoader"):
         influence().scores(data)
+
+
+def test_what_was_meant_is_said():
+    data, asked = classes(), ref.queries()[0]
+    with pytest.raises(MisconfigurationException, match=r"got a TensorDataset: pass DataLoader\(dataset"):
+        influence().scores(data)
+    with pytest.raises(ValueError, match=r"leave_out\(groups, loader\)"):
+        influence().leave_out(loader(data), [[0]])
+    with pytest.raises(MisconfigurationException, match=r"TensorDataset gives samples.*DataLoader\(queries"):
+        influence(queries=data)
+    for one in (asked, asked[0], {"x": asked[0]}):
+        with pytest.raises(MisconfigurationException, match=r"queries=\[batch\]"):
+            influence(queries=one)
+    with pytest.raises(ValueError, match=r"\[\(x, t\)\] is one of a single batch"):
+        influence(queries=list(asked)).scores(loader(data))
+
+
+class Some(torch.utils.data.Sampler):
+    """A sampler of one's own."""
+
+    def __init__(self, chosen):
+        self.chosen = chosen
+
+    def __iter__(self):
+        return iter(self.chosen)
+
+
+class Counted(Some):
+    def __len__(self):
+        return len(self.chosen)
+
+
+@pytest.mark.parametrize("run", [lambda m, data: m.scores(data), predict], ids=["scores", "predict"])
+def test_a_sampler_of_ones_own_that_takes_some_samples(run):
+    with pytest.raises(MisconfigurationException, match=rf"Counted takes 10 of its {N} samples.*Subset"):
+        run(influence(), loader(classes(), sampler=Counted(range(10))))
+    with pytest.raises(MisconfigurationException, match=rf"Counted takes {N + 1} of"):
+        run(influence(), loader(classes(), sampler=Counted([0, *range(N)])))
+    with pytest.raises(MisconfigurationException, match=r"Some, does not say how many.*Subset"):
+        run(influence(), loader(classes(), sampler=Some(range(10))))
+    run(influence(), loader(classes(), sampler=Counted(range(N)[::-1])))
 
 
 @pytest.mark.parametrize("group", [[0, 0], [-1], [N], []], ids=str)
