@@ -1,5 +1,6 @@
 """What metrics that average a number per query share: the mean, its standard error, and queries without a number."""
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor
 
 from lightning_ext.functional import merge_moments, moments_variance, update_moments
 from lightning_ext.metrics._precise import PreciseMetric
+from lightning_ext.metrics.influence_plot import plot_mean
 
 
 class QueryMean(PreciseMetric):
@@ -33,6 +35,26 @@ class QueryMean(PreciseMetric):
         value, problems = summarize_queries(self.summary[0], self.moments, self.summary[1])
         self.warn_of(problems)
         return value
+
+    def plot(
+        self, val: Mapping[str, Tensor] | None = None, ax: Any = None, label: str | None = None
+    ) -> tuple[Any, Any]:
+        """Draw the mean and its standard error.
+
+        Args:
+            val: What :meth:`compute` returned. Default: ``compute()``.
+            ax: Matplotlib axes to draw in, those of another metric's plot to compare. Default: those of a new figure.
+            label: What was measured, below the point. Default: the class's name.
+
+        Returns:
+            ``(figure, axes)``.
+
+        Raises:
+            ModuleNotFoundError: If matplotlib is missing, with the line that installs it.
+        """
+        value, name = self.compute() if val is None else val, self.summary[0]
+        bounds = (self.plot_lower_bound, self.plot_upper_bound)
+        return plot_mean(value[name], value["standard_error"], name, bounds, ax, label or type(self).__name__)
 
 
 def query_moments(per_query: Tensor) -> Tensor:

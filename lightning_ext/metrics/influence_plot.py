@@ -93,6 +93,34 @@ def plot_extremes(ends: Mapping[str, Tensor], ax: Any = None) -> tuple[Any, Any]
     return figure, axes
 
 
+def plot_largest(values: Tensor, indices: Tensor, ax: Any = None) -> tuple[Any, Any]:
+    """Draw samples of large self-influence as bars, from the top."""
+    figure, axes = axes_of(ax, (5.2, 1.2 + 0.24 * len(values)))
+    axes.barh(range(len(values)), _numbers(values), color=_HARMFUL, height=0.72)
+    axes.set_yticks(range(len(values)), [str(index) for index in indices.tolist()], fontsize=8)
+    axes.invert_yaxis()
+    axes.set(xlabel="self-influence", ylabel="sample")
+    axes.ticklabel_format(style="sci", scilimits=(-3, 4), axis="x")
+    quieten(axes)
+    return figure, axes
+
+
+def plot_mean(
+    mean: Tensor, error: Tensor, name: str, bounds: tuple[float | None, float | None], ax: Any, label: str
+) -> tuple[Any, Any]:
+    """Draw a mean over queries and its standard error, to the right of those that are there."""
+    figure, axes = axes_of(ax, (4.0, 3.6))
+    there = [text.get_text() for text in axes.get_xticklabels()] if axes.containers else []
+    place = len(axes.containers)
+    bar = None if bool(error.isnan()) else _numbers(error)  # of a single query there is none
+    colour, marker = _COLOURS[place % len(_COLOURS)], _MARKERS[place % len(_MARKERS)]
+    axes.errorbar([place], _numbers(mean), yerr=bar, color=colour, fmt=marker, ms=7, capsize=4, lw=1.6)
+    axes.set_xticks(range(place + 1), [*there, label])
+    axes.set(ylabel=f"{name}, mean and standard error over queries", xlim=(-0.6, place + 0.6), ylim=bounds)
+    quieten(axes)
+    return figure, axes
+
+
 def _legend(axes: Any, place: str) -> None:
     """What was measured first, what it is compared with last."""
     handles, labels = axes.get_legend_handles_labels()

@@ -34,6 +34,7 @@ from lightning_ext.functional import (
 from lightning_ext.modules._influence_copies import StackedCopies
 from lightning_ext.modules._influence_data import Shard, plain
 from lightning_ext.modules._influence_gap_plot import plot_gaps
+from lightning_ext.modules._influence_input import TargetCheck, as_model, check_dataset, check_queries
 from lightning_ext.modules._influence_removal import Groups, as_groups, removal_term
 from lightning_ext.modules.influence_pbrf import PBRFModule
 from lightning_ext.modules.influence_response import OptimizerChoice, ResponseModule
@@ -168,7 +169,7 @@ class InfluenceGapAnalyzer:
             )
         if not callable(estimator) and estimator != "lissa":
             raise ValueError(f"estimator must be 'lissa' or a function; got {estimator!r}.")
-        self.base, self.objective = base, InfluenceObjective.of(objective)
+        self.base, self.objective = as_model(base), InfluenceObjective.of(objective)
         self.remove = as_groups(remove)
         self.damping, self.weight_decay = damping, weight_decay
         self.epochs, self.batch_size = epochs, batch_size
@@ -192,9 +193,10 @@ class InfluenceGapAnalyzer:
             The gaps, the responses and how they correlate.
 
         Raises:
-            ValueError: A position out of range, or what a stage raises.
+            ValueError: A position out of range, targets that do not fit the outputs, or what a stage raises.
+            MisconfigurationException: A loader in the place of the data set, a data set in that of the queries.
         """
-        queries = list(queries)
+        queries = self._checked(dataset, queries)
         modules: dict[str, StackedCopies] = {
             name: self._retrained(name, dataset) for name in ("cold", "warm", "proximal")
         }
@@ -222,6 +224,22 @@ class InfluenceGapAnalyzer:
             solved,
             pbrf.gradient_ratio,
         )
+
+    def _checked(self, dataset: Dataset[Any], queries: Iterable[Any]) -> list[Any]:
+        """The queries; what does not fit is found before anything is trained."""
+        check_dataset(dataset)
+        check_queries(queries, once=True)
+        found, base = list(queries), copy.deepcopy(self.base).eval()
+        view, check = ParameterView(base, self.include), TargetCheck(base, self.objective)
+        for batch in found:
+            check(plain(batch, view.device, view.dtype))
+        shard = self._shard(dataset, view)
+        outside = [i for group in self.remove for i in group if i >= shard.num_samples]
+        if outside:
+            raise ValueError(f"remove must name samples 0 to {shard.num_samples - 1}; got {outside[:20]}.")
+        for positions, batch in shard.indexed():
+            check(batch, positions.tolist())
+        return found
 
     def _fit(self, module: ResponseModule, loader: DataLoader[Any], epochs: int) -> None:
         Trainer(max_epochs=epochs, **self.trainer).fit(module, loader)

@@ -309,7 +309,43 @@ class TestFigures:
         _, axes = metric.plot(query=1)
         assert axes.collections[0].get_offsets()[:, 0].tolist() == pytest.approx(predicted[1].tolist())
 
-    @pytest.mark.parametrize("metric", [lambda self: self.detection(), lambda self: self.removals(1.0)[0]])
+    def overlap(self):
+        metric = TopKOverlap(k=1)
+        metric.update(torch.eye(4), torch.tensor([[0, 0, 0, 1], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]).float())
+        return metric
+
+    def subsets(self):
+        masks = torch.eye(6).bool()
+        metric = LinearDatamodelingScore(masks)
+        metric.update(normal(1, 6), normal(6, 1))
+        return metric
+
+    def test_means_over_queries_side_by_side(self):
+        import matplotlib.pyplot as plt
+
+        figure, given = plt.subplots()
+        assert self.overlap().plot(ax=given, label="EK-FAC") == (figure, given)
+        value = {"overlap": torch.tensor(0.25), "standard_error": torch.tensor(0.1)}
+        assert self.overlap().plot(value, ax=given) == (figure, given)
+        assert [label.get_text() for label in given.get_xticklabels()] == ["EK-FAC", "TopKOverlap"]
+        first, second = given.containers
+        (point, _, (bar,)), mean = first, self.overlap().compute()
+        assert point.get_xydata().tolist() == [[0, 0.75]]
+        low, high = bar.get_segments()[0][:, 1]
+        assert ((low + high) / 2, (high - low) / 2) == pytest.approx((0.75, mean["standard_error"].item()))
+        assert second[0].get_xydata()[0].tolist() == pytest.approx([1, 0.25])
+        assert given.get_ylim() == (0, 1)
+
+    def test_the_mean_of_one_query_has_no_error(self):
+        with pytest.warns(UserWarning, match="standard_error"):
+            _, axes = self.subsets().plot()
+        assert not axes.containers[0].has_yerr
+        assert axes.get_ylabel().startswith("lds")
+        assert axes.get_ylim() == (-1, 1)
+
+    @pytest.mark.parametrize(
+        "metric", [lambda self: self.detection(), lambda self: self.removals(1.0)[0], lambda self: self.overlap()]
+    )
     def test_without_matplotlib_the_error_has_the_pip_line(self, metric, monkeypatch):
         monkeypatch.setitem(__import__("sys").modules, "matplotlib.pyplot", None)
         with pytest.raises(ModuleNotFoundError, match=r"pip install 'lightning-ext\[plot\]'"):

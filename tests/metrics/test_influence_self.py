@@ -9,6 +9,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_ext._lightning import Trainer
+from lightning_ext.callbacks import CurvatureCollector
+from lightning_ext.data import IndexedDataset
 from lightning_ext.functional import InfluenceObjective, ParameterView, kronecker_curvature
 from lightning_ext.metrics import SelfInfluence
 from lightning_ext.modules import Classifier, InfluenceModule
@@ -80,15 +82,32 @@ def test_order_batches_and_repetitions_do_not_matter(gradients):
     assert found["indices"].tolist() == list(range(N))
 
 
-def test_without_positions_samples_are_numbered_as_they_come(gradients):
+def test_without_positions_samples_are_numbered_as_they_come(gradients, recwarn):
     metric, (x, t) = SelfInfluence(), classes()[:]
     module = network(*SIZES).double()
-    for part in torch.split(torch.arange(N), 6):
-        metric.update(module, (x[part].double(), t[part]))
+    first, *others = [(x[part].double(), t[part]) for part in torch.split(torch.arange(N), 6)]
+    with pytest.warns(UserWarning, match=r"without positions.*shuffles.*IndexedDataset"):
+        metric.update(module, first)
+    for batch in others:
+        metric.update(module, batch)
+    assert not [w for w in recwarn if "positions" in str(w.message)], "once is enough"
     close(metric.compute()["values"], gradients.square().sum(1) / 0.01, rtol=1e-12)
     metric.reset()
     metric.update(module, (x[:2].double(), t[:2]))
     assert metric.compute()["indices"].tolist() == [0, 1]
+
+
+def test_a_batch_may_bring_its_positions(gradients, recwarn):
+    metric, module = SelfInfluence(), network(*SIZES)
+    for batch in DataLoader(IndexedDataset(classes()), batch_size=6, shuffle=True):
+        metric.update(module, batch)
+    found = metric.compute()
+    close(found["values"], gradients.square().sum(1) / 0.01, rtol=1e-4)
+    assert found["indices"].tolist() == list(range(N))
+    assert not [w for w in recwarn if "positions" in str(w.message)]
+    metric.reset()
+    metric.update(module, next(iter(DataLoader(IndexedDataset(classes()), batch_size=2))), torch.tensor([7, 9]))
+    assert metric.compute()["indices"].tolist() == [7, 9]
 
 
 def test_the_batchs_own_value_comes_back_from_forward(gradients):
@@ -205,6 +224,29 @@ def test_in_a_validation_step(options, gradients):
 def test_damping_out_of_range(damping):
     with pytest.raises(ValueError, match="damping"):
         SelfInfluence(damping=damping)
+
+
+def test_what_is_no_curvature():
+    """What a collector has before its training is not taken for the identity."""
+    collector = CurvatureCollector()
+    with pytest.raises(ValueError, match=r"got None.*collector.curvature, once its training is over"):
+        SelfInfluence(collector.curvature)
+    with pytest.raises(ValueError, match=r"got .*CurvatureCollector.*pass its .curvature"):
+        SelfInfluence(collector)
+
+
+def test_the_largest_are_drawn():
+    plt = pytest.importorskip("matplotlib.pyplot")
+    metric = updated(SelfInfluence())
+    _, axes = metric.plot(count=3)
+    value = metric.compute()
+    best = value["values"].argsort(descending=True)[:3].tolist()
+    assert [label.get_text() for label in axes.get_yticklabels()] == [str(i) for i in best]
+    assert [bar.get_width() for bar in axes.patches] == pytest.approx(value["values"][best].tolist())
+    given = plt.subplots()
+    assert metric.plot(value, ax=given[1]) == given
+    assert len(given[1].patches) == 20
+    plt.close("all")
 
 
 def test_a_damping_of_zero_goes_with_a_curvature(gradients):

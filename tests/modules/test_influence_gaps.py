@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_ext._lightning import MisconfigurationException
 from lightning_ext.functional import GGNOperator, InfluenceObjective
 from lightning_ext.modules import InfluenceGapAnalyzer, InfluenceGaps
 
@@ -180,6 +181,33 @@ def test_queries_without_a_correlation_are_left_out_and_counted():
 def test_bad_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         InfluenceGapAnalyzer(nn.Linear(2, 2), **{"remove": [0], **arguments})
+
+
+def wrong(x, t):
+    return x, torch.where(torch.arange(len(t)) == 4, 3, t)
+
+
+SLIPS = {
+    "a loader": (lambda data, queries: (DataLoader(data), queries), "got DataLoader: pass loader.dataset"),
+    "a stream": (lambda data, queries: (iter(data), queries), "dataset must be a data set with positions"),
+    "queries without batches": (lambda data, queries: (data, data), r"gives samples.*DataLoader\(queries"),
+    "one query": (lambda data, queries: (data, queries[0]), r"queries=\[batch\]"),
+    "a class": (
+        lambda data, queries: (TensorDataset(*wrong(*data[:])), queries),
+        r"samples \[4\] are \[3\]",
+    ),
+    "a query's class": (lambda data, queries: (data, [wrong(*batch) for batch in queries]), r"samples \[4\] are \[3\]"),
+    "few samples": (lambda data, queries: (TensorDataset(*data[:15]), queries), r"samples 0 to 14; got \[17\]"),
+}
+
+
+@pytest.mark.parametrize("name", SLIPS)
+def test_what_does_not_fit_is_found_before_anything_is_trained(name, monkeypatch):
+    monkeypatch.setattr(InfluenceGapAnalyzer, "_fit", lambda *args: pytest.fail("trained"))
+    change, message = SLIPS[name]
+    base, data, queries = problem(epochs=0)
+    with pytest.raises((ValueError, MisconfigurationException), match=message):
+        analyze(base, *change(data, queries))
 
 
 def test_a_loader_gives_the_same_as_a_list():
