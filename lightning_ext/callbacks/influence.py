@@ -25,6 +25,7 @@ from lightning_ext.functional import (
     tracin_self_influence,
 )
 from lightning_ext.modules._influence_data import Shard
+from lightning_ext.modules._influence_input import check_batches
 
 __all__ = ["TracInCallback"]
 
@@ -43,9 +44,9 @@ class TracInCallback(Callback):
 
     When hooks fire: ``on_before_optimizer_step`` notes the learning rates; ``on_train_epoch_end``, after the last step
     of every n-th epoch, is a checkpoint; ``on_train_end`` writes the file. Samples are those of the training loader's
-    data set in its own order, whatever its sampler, its ``drop_last`` and ``limit_train_batches`` leave out. Networks
-    run in eval mode. Nothing about the training changes: without the callback it is bit-identical, unless the data set
-    has a random generator of its own, which every reading moves.
+    data set in its own order, also those that ``drop_last`` and ``limit_train_batches`` leave out; a sampler that takes
+    some only is refused, then pass ``samples``. Networks run in eval mode. Nothing about the training changes: without
+    the callback it is bit-identical, unless the data set has a random generator of its own, which every reading moves.
 
     Results: ``callback.scores`` ``(Q, N)``, a row per query, ``callback.self_influence`` ``(N,)``, both on the CPU and
     ``None`` before the first checkpoint, and ``callback.num_checkpoints``, how many were added up.
@@ -69,8 +70,9 @@ class TracInCallback(Callback):
 
     Raises:
         ValueError: an argument is out of range; a gradient is not finite, with the samples' positions.
-        MisconfigurationException: no queries; several training loaders, or one without positions, and no ``samples``;
-            a resumed run with other numbers of queries or samples; a strategy that shards parameters.
+        MisconfigurationException: no queries, or no batches of them; several training loaders, or one without positions
+            or that takes some samples only, and no ``samples``; a resumed run with other numbers of queries or samples;
+            a strategy that shards parameters.
 
     Logged: ``influence/tracin_mean``, the mean score so far, and ``influence/tracin_self_mean``.
 
@@ -101,6 +103,7 @@ class TracInCallback(Callback):
             raise ValueError(f"project_dim must be at least 1, or None for exact products; got {project_dim}.")
         if isinstance(queries, Iterator) or isinstance(samples, Iterator):
             raise ValueError("queries and samples are read at every checkpoint: pass loaders or lists, no iterators.")
+        check_batches(queries)
         self.objective = InfluenceObjective.of(objective)
         self.queries, self.samples = queries, samples
         self.every_n_epochs, self.include, self.project_dim, self.seed = every_n_epochs, include, project_dim, seed

@@ -39,8 +39,8 @@ class CurvatureCollector(Callback):
     When hooks fire: ``on_train_epoch_end`` of the last epoch, so that a checkpoint of that epoch holds the result, and
     of every n-th; ``on_train_end`` where the training ended otherwise or a callback changed the weights after its last
     epoch (weight averaging; attach it before this one). Samples are those of the training loader's data set in its own
-    order, whatever its sampler leaves out. The network runs in eval mode. Nothing about the training changes: without
-    the callback it is bit-identical.
+    order; a sampler that takes some only is refused, then pass ``samples``. The network runs in eval mode. Nothing
+    about the training changes: without the callback it is bit-identical.
 
     Args:
         objective: loss and outputs; default cross-entropy of ``module(batch[0])`` against ``batch[1]``.
@@ -64,8 +64,8 @@ class CurvatureCollector(Callback):
     Raises:
         ValueError: an argument is out of range; a layer does not explain the gradients of its parameters, said before
             the training; statistics that are not finite.
-        MisconfigurationException: several training loaders, or one without positions, and no ``samples``; a strategy
-            that shards parameters.
+        MisconfigurationException: several training loaders, or one without positions or that takes some samples only,
+            and no ``samples``; a strategy that shards parameters.
 
     Logged: ``influence/trace``, ``influence/lambda_max``, ``influence/effective_dimension``; from ``on_train_end``
     straight to the loggers.

@@ -30,8 +30,8 @@ def as_model(base: Any) -> nn.Module:
     return base
 
 
-def check_queries(queries: Any, once: bool = False) -> None:
-    """Refuse what holds no batches that can be gone through, in an order, each time they are needed.
+def check_batches(queries: Any, once: bool = False) -> None:
+    """Refuse what holds no batches that can be gone through each time they are needed.
 
     Args:
         queries: loader or list of batches.
@@ -53,6 +53,11 @@ def check_queries(queries: Any, once: bool = False) -> None:
             f"queries must be a loader or a list of batches; got a {type(queries).__name__}. If it is one batch, pass "
             "queries=[batch]."
         )
+
+
+def check_queries(queries: Any) -> None:
+    """Refuse batches that are none, or that come in another order each time."""
+    check_batches(queries)
     sampler = getattr(getattr(queries, "batch_sampler", None), "sampler", None)
     if isinstance(sampler, _DRAWING):
         raise MisconfigurationException(

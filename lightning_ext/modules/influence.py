@@ -85,8 +85,8 @@ class InfluenceModule(LightningModule):
             sample; ``"mc"``, labels drawn from the model (each rank its own); ``"auto"``, the former up to 256 outputs.
 
     Raises:
-        ValueError: An argument out of range; a damping of 0 with a singular curvature; gradients that are not finite,
-            with the samples' indices.
+        ValueError: An argument out of range; a damping of 0 with a singular curvature that is factorised (iterative
+            solvers warn); classes that there are not, and gradients that are not finite, with the samples' indices.
         MisconfigurationException: FSDP, DeepSpeed and other sharding strategies; a loader without indices, or whose
             sampler takes some samples only; half precision weights.
 

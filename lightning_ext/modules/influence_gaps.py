@@ -34,7 +34,7 @@ from lightning_ext.functional import (
 from lightning_ext.modules._influence_copies import StackedCopies
 from lightning_ext.modules._influence_data import Shard, plain
 from lightning_ext.modules._influence_gap_plot import plot_gaps
-from lightning_ext.modules._influence_input import TargetCheck, as_model, check_dataset, check_queries
+from lightning_ext.modules._influence_input import TargetCheck, as_model, check_batches, check_dataset
 from lightning_ext.modules._influence_removal import Groups, as_groups, removal_term
 from lightning_ext.modules.influence_pbrf import PBRFModule
 from lightning_ext.modules.influence_response import OptimizerChoice, ResponseModule
@@ -228,7 +228,7 @@ class InfluenceGapAnalyzer:
     def _checked(self, dataset: Dataset[Any], queries: Iterable[Any]) -> list[Any]:
         """The queries; what does not fit is found before anything is trained."""
         check_dataset(dataset)
-        check_queries(queries, once=True)
+        check_batches(queries, once=True)
         found, base = list(queries), copy.deepcopy(self.base).eval()
         view, check = ParameterView(base, self.include), TargetCheck(base, self.objective)
         for batch in found:

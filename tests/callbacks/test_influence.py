@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from lightning_ext._lightning import Callback, LightningModule, MisconfigurationException, Trainer, submodule
 from lightning_ext.callbacks import TracInCallback, influence
@@ -430,6 +430,23 @@ def test_without_self_influence_there_are_scores():
 class Stream(IterableDataset):
     def __iter__(self):
         return iter(table(8))
+
+
+def test_a_sampler_that_takes_some_samples_is_refused_and_samples_help():
+    data = train_loader().dataset
+    some = DataLoader(data, 4, sampler=[0, 2, 4])
+    with pytest.raises(MisconfigurationException, match=r"takes 3 of its 11 samples.*Subset"):
+        fit(TracInCallback(), train=some)
+    callback = TracInCallback(samples=DataLoader(Subset(data, [0, 2, 4]), 4))
+    fit(callback, train=some)
+    assert callback.scores.shape[1] == 3
+
+
+def test_queries_are_batches():
+    with pytest.raises(MisconfigurationException, match=r"gives samples. Pass DataLoader\(queries"):
+        TracInCallback(queries=train_loader().dataset)
+    with pytest.raises(MisconfigurationException, match=r"queries=\[batch\]"):
+        TracInCallback(queries=tuple(next(iter(train_loader()))))
 
 
 def test_a_stream_is_refused_and_samples_help():

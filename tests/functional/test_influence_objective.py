@@ -236,3 +236,36 @@ def test_outputs_that_are_not_per_sample_are_refused():
 def test_an_objective_says_what_it_is():
     assert InfluenceObjective("mse").loss == SquaredError()
     assert "SquaredError" in repr(InfluenceObjective("mse"))
+
+
+def test_what_is_taken_for_an_objective():
+    given = InfluenceObjective("mse")
+    assert InfluenceObjective.of(given) is given
+    assert repr(InfluenceObjective.of(None)) == repr(InfluenceObjective())
+    with pytest.raises(ValueError, match=r'got \'mse\'.*InfluenceObjective\("mse"\)'):
+        InfluenceObjective.of("mse")
+
+
+@pytest.mark.parametrize(
+    ("y", "t", "match"),
+    [
+        ((1, 3), torch.tensor([0, 3, 1, 5]), r"samples \[11, 13\] are \[3, 5\].*3 classes, 0 to 2"),
+        ((1, 5, 3), torch.tensor([[0, 1, 2, 0, 1], [0, 1, -100, 0, -1]]), r"samples \[11\] are \[-1\]"),
+        ((1, 3), torch.tensor([0.0, 1.0]), r"\(2,\) of torch.float32: class numbers must be integers"),
+        ((5, 3), torch.zeros(2, 5, dtype=torch.long), r"5 positions gives outputs \(5, 3\)"),
+        ((1, 3, 5), torch.zeros(2, 5, dtype=torch.long), r"\(B, 3, 5\) have the classes in dimension 1"),
+        ((1, 3), torch.tensor([0, 2, -100]), None),
+        ((1, 5, 3), torch.zeros(2, 5, 3), None),
+        ((1, 3), torch.tensor([[1], [2]]), None),
+        ((1, 5, 5), torch.zeros(2, 5, dtype=torch.long), None),
+    ],
+    ids=str,
+)
+def test_targets_that_are_no_classes(y, t, match):
+    check = InfluenceObjective().check_targets
+    if match is None:
+        check(torch.zeros(y), t, range(10, 20))
+    else:
+        with pytest.raises(ValueError, match=match):
+            check(torch.zeros(y), t, range(10, 20))
+    InfluenceObjective("mse").check_targets(torch.zeros(y), t, range(10, 20))  # numbers can be anything
