@@ -124,7 +124,7 @@ def _refuse_choosing(sampler: Any, num_samples: int, world: int) -> None:
             "torch.utils.data.Subset(dataset, positions)."
         ) from None
     drawn = isinstance(sampler, SubsetRandomSampler | WeightedRandomSampler) or getattr(sampler, "replacement", False)
-    if drawn or not (taken == num_samples or num_samples <= taken * world < num_samples + world):
+    if drawn or not (taken == num_samples or abs(taken * world - num_samples) < world):
         raise MisconfigurationException(
             f"Influence is that of a whole data set, and the loader's {type(sampler).__name__} takes {taken} of "
             f"its {num_samples} samples. Pass a loader over torch.utils.data.Subset(dataset, positions)."

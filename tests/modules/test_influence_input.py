@@ -1,5 +1,7 @@
 """What is wrong with the input is said at once: which argument, which sample, what to do; never a silent number."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import nn
@@ -10,6 +12,7 @@ from lightning_ext.callbacks import CurvatureCollector, TracInCallback
 from lightning_ext.functional import ConvergenceWarning, InfluenceObjective
 from lightning_ext.metrics import SelfInfluence
 from lightning_ext.modules import InfluenceGapAnalyzer, InfluenceModule, PBRFModule, ResponseModule
+from lightning_ext.modules._influence_data import Shard
 from lightning_ext.testing import ddp_trainer_kwargs
 from tests.modules import influence_reference as ref
 from tests.modules.influence_reference import N, classes, close, loader, matrix, network, numbers, predict
@@ -485,6 +488,14 @@ def test_a_sampler_of_ones_own_that_takes_some_samples(run):
 def test_groups_name_samples_once(group):
     with pytest.raises(ValueError, match=r"only once|0 to 22"):
         influence().leave_out([[1], group], loader(classes()))
+
+
+def test_a_sampler_of_ones_own_that_deals_samples_out_to_ranks():
+    """Of 23, one of two ranks has 12 and the other 11, or 12 too, one of them again."""
+    for taken, refused in ((12, False), (11, False), (N, False), (10, True), (13, True)):
+        context = pytest.raises(MisconfigurationException, match=f"takes {taken} of") if refused else nullcontext()
+        with context:
+            Shard(loader(classes(), sampler=Counted(range(taken))), lambda batch: batch, 0, 2)
 
 
 def test_samples_that_change_from_pass_to_pass():

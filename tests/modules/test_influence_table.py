@@ -166,8 +166,9 @@ KEPT = "kept nowhere.*output_dir"
 
 
 def test_scores_that_nobody_keeps_are_warned_of(tmp_path, recwarn):
-    with pytest.warns(UserWarning, match=KEPT):
-        predict(stored(None), loader(classes()), return_predictions=False)
+    for bar in (False, True):
+        with pytest.warns(UserWarning, match=KEPT):
+            predict(stored(None), loader(classes()), return_predictions=False, enable_progress_bar=bar)
     recwarn.clear()
     predict(stored(None), loader(classes()))
     predict(stored(tmp_path), loader(classes()), return_predictions=False)
