@@ -2,6 +2,15 @@
 
 from lightning_ext.functional.activation_replay import RecordActivations, ReplayActivations
 from lightning_ext.functional.activation_sites import ActivationSite, gates
+from lightning_ext.functional.annealed_sampling import (
+    AISResult,
+    Transition,
+    ais_forward,
+    ais_reverse,
+    hmc_kernel,
+    linear_schedule,
+    sigmoid_schedule,
+)
 from lightning_ext.functional.apo import (
     ProximalObjective,
     ProximalStep,
@@ -91,6 +100,7 @@ from lightning_ext.functional.linear_system import (
     fixed_direction,
 )
 from lightning_ext.functional.linearized import LinearizedBatch, LinearizedGradient, PullBack
+from lightning_ext.functional.log_mean_exp import StreamingLogMeanExp, log_mean_exp, widest_float
 from lightning_ext.functional.low_rank import NystromApproximation, lanczos, nystrom, nystrom_cg
 from lightning_ext.functional.mrvae import (
     at_least_float32,
@@ -138,18 +148,31 @@ from lightning_ext.functional.output_loss_protocol import OutputLoss, exponentia
 from lightning_ext.functional.output_losses import CallableLoss, SoftmaxCrossEntropy, output_loss
 from lightning_ext.functional.parameters import ParameterView, Substitution
 from lightning_ext.functional.per_sample import SampleGradients, per_sample_gradients
+from lightning_ext.functional.sampling import (
+    AnnealingPath,
+    DiagonalGaussian,
+    HMCInfo,
+    LogDensity,
+    PathState,
+    hmc_transition,
+)
 from lightning_ext.functional.sketch import Projection
 from lightning_ext.functional.solvers import block_cg, cg, direct, direct_dual, normal_cg
+from lightning_ext.functional.step_size import DualAveraging, tune_step_sizes
 
 __all__ = [
+    "AISResult",
     "ActivationSite",
+    "AnnealingPath",
     "BernoulliCrossEntropy",
     "BlockProduct",
     "CallableLoss",
     "ConvergenceWarning",
     "CurvatureOperator",
     "DataTerm",
+    "DiagonalGaussian",
     "DivergenceLoss",
+    "DualAveraging",
     "EmbeddingRows",
     "EmpiricalFisherOperator",
     "ExplicitRows",
@@ -157,6 +180,7 @@ __all__ = [
     "GatedLinear",
     "GaussianNLL",
     "GradientBlock",
+    "HMCInfo",
     "HessianOperator",
     "InfluenceObjective",
     "InputModel",
@@ -174,6 +198,7 @@ __all__ = [
     "LinearSystem",
     "LinearizedBatch",
     "LinearizedGradient",
+    "LogDensity",
     "MIGResult",
     "MetaStep",
     "MislabelResult",
@@ -182,6 +207,7 @@ __all__ = [
     "OutputLoss",
     "OutputMoments",
     "ParameterView",
+    "PathState",
     "PoissonNLL",
     "PreconditionerGradients",
     "Projection",
@@ -199,8 +225,12 @@ __all__ = [
     "SoftmaxCrossEntropy",
     "SolveInfo",
     "SquaredError",
+    "StreamingLogMeanExp",
     "Substitution",
+    "Transition",
     "active_units",
+    "ais_forward",
+    "ais_reverse",
     "apply_preconditioner",
     "at_least_float32",
     "average_accuracy",
@@ -235,6 +265,8 @@ __all__ = [
     "gaussian_distortion",
     "gaussian_kl",
     "group_scores",
+    "hmc_kernel",
+    "hmc_transition",
     "hypervolume",
     "influence_gaps",
     "influence_scores",
@@ -248,10 +280,12 @@ __all__ = [
     "learning_accuracy",
     "leave_out_step",
     "linear_datamodeling_scores",
+    "linear_schedule",
     "linear_vae_optimum",
     "linear_vae_terms",
     "lissa",
     "lissa_scale",
+    "log_mean_exp",
     "log_partition_divergence",
     "map_tensors",
     "mean_gate_distance",
@@ -294,6 +328,7 @@ __all__ = [
     "sequential_layers",
     "sgd_log_step",
     "sigma_vae_distortion",
+    "sigmoid_schedule",
     "slope_error",
     "softmax_kl",
     "softmax_squared_error",
@@ -306,6 +341,8 @@ __all__ = [
     "total_correlation_terms",
     "tracin_self_influence",
     "trust_region_weight",
+    "tune_step_sizes",
     "unstandardize_beta",
     "update_moments",
+    "widest_float",
 ]
