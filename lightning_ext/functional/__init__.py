@@ -164,6 +164,14 @@ from lightning_ext.functional.mutual_information_critic import (
     nwj_estimate,
     smile_estimate,
 )
+from lightning_ext.functional.mutual_information_truth import (
+    copy_infonce,
+    correlated_gaussian_information,
+    finite_joint_information,
+    linear_gaussian_annealing_bounds,
+    linear_gaussian_information,
+    quadratic_critic_values,
+)
 from lightning_ext.functional.neumann_series import lissa, lissa_scale, neumann, power_iteration
 from lightning_ext.functional.output_loss_protocol import OutputLoss, exponential_remainder, log_partition_divergence
 from lightning_ext.functional.output_losses import CallableLoss, SoftmaxCrossEntropy, output_loss
@@ -274,6 +282,8 @@ __all__ = [
     "club_estimate",
     "concatenate",
     "conjugate_gradients",
+    "copy_infonce",
+    "correlated_gaussian_information",
     "differentiable",
     "direct",
     "direct_dual",
@@ -281,6 +291,7 @@ __all__ = [
     "donsker_varadhan_estimate",
     "evaluating",
     "exponential_remainder",
+    "finite_joint_information",
     "fixed_direction",
     "fold_in",
     "forgetting",
@@ -315,6 +326,8 @@ __all__ = [
     "leave_one_out_upper",
     "leave_out_step",
     "linear_datamodeling_scores",
+    "linear_gaussian_annealing_bounds",
+    "linear_gaussian_information",
     "linear_schedule",
     "linear_vae_optimum",
     "linear_vae_terms",
@@ -345,6 +358,7 @@ __all__ = [
     "per_sample_gradients",
     "power_iteration",
     "preconditioner_gradients",
+    "quadratic_critic_values",
     "random_subsets",
     "rate_at",
     "rate_distortion_auc",

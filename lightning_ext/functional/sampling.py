@@ -5,7 +5,7 @@ new evaluation, and a transition of L leapfrog steps calls the gradient L times.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -56,6 +56,11 @@ class DiagonalGaussian:
     def gradient(self, z: Tensor) -> Tensor:
         """Its gradient."""
         return (self.mean.to(z) - z) * self._precision.to(z)
+
+    def sample(self, shape: Sequence[int], like: Tensor, generator: Generator | None = None) -> Tensor:
+        """Draw points of a shape ``(..., d)``, with the dtype and on the device of a tensor."""
+        noise = torch.randn(*shape, generator=generator, dtype=like.dtype, device=like.device)
+        return self.mean.to(like) + self.scale.to(like) * noise
 
 
 class PathState(NamedTuple):
