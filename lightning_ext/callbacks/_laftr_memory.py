@@ -117,10 +117,24 @@ class TaskMemory:
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values."""
-        return {"tasks": list(self.tasks), "estimators": [dict(e.state_dict()) for e in self._held]}
+        saved = [dict(e.state_dict()) for e in self._held]
+        return {"tasks": list(self.tasks), "estimators": saved, "kept": self._kept()}
+
+    def _kept(self) -> dict[str, str]:
+        """What others than these settings would misread."""
+        mode = getattr(self.prototype, "mode", None)
+        kind = type(self.prototype).__name__ if mode is None else f"{type(self.prototype).__name__}(mode={mode!r})"
+        return {"estimator": kind, "consolidate": self.consolidate}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Rebuild the estimators."""
+        """Rebuild the estimators.
+
+        Raises:
+            ValueError: the memory is that of another estimator, or was consolidated in another way.
+        """
+        saved, mine = state.get("kept", self._kept()), self._kept()
+        if saved != mine:
+            raise ValueError(f"the memory of tasks {list(state['tasks'])} was kept with {saved}, and here is {mine}.")
         self.tasks, self._held, self._pool = list(state["tasks"]), [], None
         for saved in state["estimators"]:
             estimator = copy.deepcopy(self.prototype)

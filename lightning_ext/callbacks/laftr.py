@@ -195,10 +195,18 @@ class FunctionSpaceRegularizer(Callback):
         """Refuse strategies that shard parameters; take up the file where the callback is empty."""
         refuse_sharded(trainer, type(self).__name__, "runs the module on whole parameters, old and new")
         if stage == "fit" and self.memory_file is not None and Path(self.memory_file).is_file():
-            saved = torch.load(self.memory_file, map_location="cpu", weights_only=True)
+            self._take_up(self.memory_file)
+
+    def _take_up(self, file: str) -> None:
+        try:
+            saved = torch.load(file, map_location="cpu", weights_only=True)
             if set(saved["memory"]["tasks"]) > set(self.tasks):
                 self.load_state_dict(saved)
-                rank_zero_info(f"{type(self).__name__}: took up tasks {self.tasks} from {self.memory_file}.")
+                rank_zero_info(f"{type(self).__name__}: took up tasks {self.tasks} from {file}.")
+        except Exception as error:
+            raise ValueError(
+                f"memory_file={file!r} holds no memory of such a callback: {error} Delete the file, or name another."
+            ) from error
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add the penalty to the loss, where there are past tasks."""

@@ -243,6 +243,35 @@ def test_state_goes_through_a_checkpoint_and_back(tmp_path):
     assert fresh.stats_bytes == callback.stats_bytes
 
 
+@pytest.mark.parametrize(
+    ("kept", "other"),
+    [
+        (("laftr", "all"), ("laftr", "merge")),
+        (("laftr", "merge"), ("laftr", "all")),
+        (("laftr", "all"), ("l2", "all")),
+        (("laftr-moments", "all"), ("laftr-sample", "all")),
+        ((Anchor(), "all"), ("laftr", "all")),
+    ],
+)
+def test_a_memory_of_other_settings_is_refused(tmp_path, kept, other):
+    """It would be read without a word: statistics of one task for both, or of another estimator."""
+    file = str(tmp_path / "memory.pt")
+    estimator, consolidate = kept
+    callback = FunctionSpaceRegularizer(estimator, consolidate=consolidate, memory_file=file)
+    for _ in range(2):
+        callback.end_task(None, seeded_net(), loader())
+    estimator, consolidate = other
+    with pytest.raises(ValueError, match=r"memory_file=.*the memory of tasks \[0, 1\] was kept with .*, and here is"):
+        train(seeded_net(), [FunctionSpaceRegularizer(estimator, consolidate=consolidate, memory_file=file)])
+
+
+def test_a_file_that_holds_no_memory_is_named(tmp_path):
+    file = tmp_path / "notes.pt"
+    file.write_bytes(b"hello")
+    with pytest.raises(ValueError, match=r"notes\.pt' holds no memory of such a callback"):
+        train(seeded_net(), [FunctionSpaceRegularizer(Anchor(), memory_file=str(file))])
+
+
 def continual(**kwargs):
     tasks = [[table(8, seed), table(4, seed + 10)] for seed in range(3)]
     return ContinualDataModule(tasks, batch_size=4, seed=0, **kwargs)
