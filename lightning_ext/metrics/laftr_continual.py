@@ -1,6 +1,7 @@
 """The accuracy matrix of a network that learns tasks in a row, and what follows from it."""
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ class ContinualMetrics(PreciseMetric):
     examples of one entry:
 
     - ``preds``: labels ``(B,)``, or scores ``(B, C)`` whose largest one counts;
-    - ``target``: labels ``(B,)``;
+    - ``target``: whole labels ``(B,)`` of at least 0, with scores below C; leave out what is not to be counted;
     - ``seen``: t, the last task trained on, from 0 to T - 1; or -1 for the network before any training, which is the
       baseline of the forward transfer;
     - ``task``: i, the task that the examples are from;
@@ -102,6 +103,7 @@ class ContinualMetrics(PreciseMetric):
     ) -> None:
         """Add examples of one entry of the matrix; see the class for the arguments."""
         self._check_place(seen, task)
+        _check_labels(preds, target)
         labels = _labels(preds, heads)
         if labels.shape != target.shape or target.ndim != 1:
             raise ValueError(
@@ -159,6 +161,10 @@ class ContinualMetrics(PreciseMetric):
         return plot_accuracy_matrix(self.compute() if val is None else val, ax, task_names)
 
     def _check_place(self, seen: int, task: int) -> None:
+        numbers: dict[str, Any] = {"seen": seen, "task": task}
+        for name, number in numbers.items():
+            if isinstance(number, bool) or not isinstance(number, Integral):
+                raise ValueError(f"{name} must be a whole number, got {number!r}.")
         if not 0 <= task < self.num_tasks:
             raise ValueError(f"task must lie between 0 and {self.num_tasks - 1}, got {task}.")
         if not _UNTRAINED <= seen < self.num_tasks:
@@ -174,6 +180,22 @@ class ContinualMetrics(PreciseMetric):
             self.warn_of([f"no test of {places}{more}: what takes these entries is NaN."])
 
 
+def _check_labels(preds: Tensor, target: Tensor) -> None:
+    """A label that no output stands for would count as an error of the network."""
+    for name, given in (("preds", preds), ("target", target)):
+        if not isinstance(given, Tensor) or given.is_complex():
+            raise ValueError(f"{name} must be a tensor of real numbers, got {getattr(given, 'dtype', type(given))}.")
+    if target.is_floating_point():
+        raise ValueError(f"target must hold whole labels, got {target.dtype}.")
+    outputs = preds.shape[1] if preds.ndim == 2 else None
+    if target.numel() and (int(target.min()) < 0 or (outputs is not None and int(target.max()) >= outputs)):
+        above = "" if outputs is None else f" and below {outputs}, the number of scores"
+        raise ValueError(
+            f"target must hold labels of at least 0{above}; got {int(target.min())} to {int(target.max())}. Leave out "
+            "what is not to be counted, such as classes that the network has no output for yet."
+        )
+
+
 def _labels(preds: Tensor, heads: slice | Sequence[int] | None) -> Tensor:
     if bool(preds.isnan().any()):
         raise ValueError("preds must not hold NaN.")
@@ -187,5 +209,10 @@ def _labels(preds: Tensor, heads: slice | Sequence[int] | None) -> Tensor:
         )
     if heads is None:
         return preds.argmax(1)
-    outputs = torch.arange(preds.shape[1], device=preds.device)[heads]
+    try:
+        outputs = torch.arange(preds.shape[1], device=preds.device)[heads]
+    except (IndexError, TypeError) as error:
+        raise ValueError(f"heads must index {preds.shape[1]} outputs; got {heads!r}.") from error
+    if outputs.ndim != 1 or not len(outputs):
+        raise ValueError(f"heads must be a slice or list with at least one of {preds.shape[1]} outputs; got {heads!r}.")
     return outputs[preds[:, heads].argmax(1)]
