@@ -164,6 +164,7 @@ from lightning_ext.functional.mutual_information_critic import (
     nwj_estimate,
     smile_estimate,
 )
+from lightning_ext.functional.mutual_information_sandwich import AnnealedWeights, annealed_weights, importance_log_means
 from lightning_ext.functional.mutual_information_truth import (
     copy_infonce,
     correlated_gaussian_information,
@@ -192,6 +193,7 @@ from lightning_ext.functional.step_size import DualAveraging, tune_step_sizes
 __all__ = [
     "AISResult",
     "ActivationSite",
+    "AnnealedWeights",
     "AnnealingPath",
     "BernoulliCrossEntropy",
     "BlockProduct",
@@ -262,6 +264,7 @@ __all__ = [
     "ais_lower",
     "ais_reverse",
     "ais_upper",
+    "annealed_weights",
     "apply_preconditioner",
     "at_least_float32",
     "average_accuracy",
@@ -310,6 +313,7 @@ __all__ = [
     "hypervolume",
     "ibal_certified",
     "ibal_forward",
+    "importance_log_means",
     "influence_gaps",
     "influence_scores",
     "infonce",
