@@ -1,6 +1,7 @@
 """Tasks that come one after the other, each with its own training and test data."""
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -61,9 +62,11 @@ class ContinualDataModule(ResumableDataModule):
         num_workers: int = 0,
         seed: int | None = None,
     ) -> None:
+        if not _whole(batch_size):
+            raise ValueError(f"batch_size must be a whole number; got {batch_size!r}.")
         super().__init__(batch_size, num_workers, seed)
         self.save_hyperparameters(ignore=["tasks"])
-        if len(tasks) == 0 or isinstance(tasks, str):
+        if isinstance(tasks, str) or not isinstance(tasks, Sequence) or len(tasks) == 0:
             raise ValueError(f"tasks must hold a pair (train, test) for each task; got {tasks!r}.")
         entries = [_entry(i, entry) for i, entry in enumerate(tasks)]
         self.train_sets = [train for train, _, _ in entries]
@@ -104,7 +107,7 @@ class ContinualDataModule(ResumableDataModule):
         Note:
             Pixels are permuted as they are read, so T tasks take the memory of one.
         """
-        if num_tasks < 1:
+        if not _whole(num_tasks) or num_tasks < 1:
             raise ValueError(f"num_tasks must be at least 1; got {num_tasks}.")
         pairs = _pairs(data, test)
         tasks: list[list[Dataset[Any]]] = [[TensorDataset(*pair) for pair in pairs]]
@@ -147,6 +150,9 @@ class ContinualDataModule(ResumableDataModule):
         """
         train, held_out = _pairs(data, test)
         groups = _groups(train[1], classes)
+        if min(map(min, groups)) < 0:
+            raise ValueError(f"labels must be at least 0, since they number the outputs of the network; got {groups}.")
+        _check_test_classes(train[1], held_out[1])
         parts = ([_only(pair, group) for pair in (train, held_out)] for group in groups)
         tasks = [(*part, _index(group)) for part, group in zip(parts, groups, strict=True)]
         return cls(tasks, batch_size, task, num_workers, seed)
@@ -183,6 +189,7 @@ class ContinualDataModule(ResumableDataModule):
         """
         pairs = _pairs(data, test)
         groups = _groups(pairs[0][1], classes)
+        _check_test_classes(pairs[0][1], pairs[1][1])
         if min(map(len, groups)) < 2:
             raise ValueError(f"classes must give each task two classes or more to tell apart; got {groups}.")
         tasks = [[_only(pair, group, renumber=True) for pair in pairs] for group in groups]
@@ -248,7 +255,7 @@ class ContinualDataModule(ResumableDataModule):
         self.set_task(state_dict["task"])
 
     def _known(self, task: int) -> int:
-        if not 0 <= task < self.num_tasks:
+        if not _whole(task) or not 0 <= task < self.num_tasks:
             raise ValueError(f"task must lie between 0 and {self.num_tasks - 1}; got {task}.")
         return int(task)
 
@@ -257,7 +264,16 @@ def _entry(place: int, entry: Sequence[Any]) -> tuple[Dataset[Any], Dataset[Any]
     if not isinstance(entry, list | tuple) or len(entry) not in (2, 3):
         raise ValueError(f"task {place} must be (train, test) or (train, test, heads); got {entry!r:.80}.")
     train, test = (_dataset(place, name, part) for name, part in zip(("train", "test"), entry, strict=False))
-    return train, test, entry[2] if len(entry) == 3 else None
+    heads = entry[2] if len(entry) == 3 else None
+    if not (
+        heads is None or isinstance(heads, slice) or (isinstance(heads, list) and heads and all(map(_whole, heads)))
+    ):
+        raise ValueError(f"heads of task {place} must be a slice, a list of outputs, or None for all; got {heads!r}.")
+    return train, test, heads
+
+
+def _whole(number: Any) -> bool:
+    return isinstance(number, Integral) and not isinstance(number, bool)
 
 
 def _dataset(place: int, name: str, part: Any) -> Dataset[Any]:
@@ -271,6 +287,12 @@ def _dataset(place: int, name: str, part: Any) -> Dataset[Any]:
             f"{name} of task {place} must be a dataset with positions and at least one sample; got {part!r:.80}."
         )
     return part  # type: ignore[no-any-return]
+
+
+def _check_test_classes(train: Tensor, test: Tensor) -> None:
+    unknown = sorted(set(test.tolist()) - set(train.tolist()))
+    if unknown:
+        raise ValueError(f"test has images of {unknown}, classes that no training image has: they belong to no task.")
 
 
 def _pairs(data: Source, test: Pair | None) -> tuple[Pair, Pair]:
@@ -287,8 +309,18 @@ def _pairs(data: Source, test: Pair | None) -> tuple[Pair, Pair]:
         return ((images - mean) / deviation, labels), ((held_out - mean) / deviation, truth)
     if test is None:
         raise ValueError("test must be (images, labels) where data are: what is not trained on is not known from them.")
-    for name, (images, labels) in (("data", data), ("test", test)):
-        if labels.shape != images.shape[:1] or labels.is_floating_point() or images.shape[1:] != data[0].shape[1:]:
+    for name, pair in (("data", data), ("test", test)):
+        if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(part, Tensor) for part in pair):
+            raise ValueError(f"{name} must be a pair of tensors, (images, labels); got {pair!r:.80}.")
+        images, labels = pair
+        if len(images) == 0:
+            raise ValueError(f"{name} must hold at least one image.")
+        if (
+            labels.shape != images.shape[:1]
+            or labels.is_floating_point()
+            or labels.dtype == torch.bool
+            or images.shape[1:] != data[0].shape[1:]
+        ):
             raise ValueError(
                 f"{name} must be images (N, ...) of one shape for training and test, and whole labels (N,); got "
                 f"{tuple(images.shape)} and {labels.dtype} {tuple(labels.shape)}."
@@ -298,6 +330,10 @@ def _pairs(data: Source, test: Pair | None) -> tuple[Pair, Pair]:
 
 def _groups(labels: Tensor, classes: int | Sequence[Sequence[int]]) -> list[list[int]]:
     known = sorted(set(labels.tolist()))
+    if not (_whole(classes) or _lists(classes)):
+        raise ValueError(
+            f"classes must be a whole number, or a list with the list of classes of each task; got {classes!r}."
+        )
     if isinstance(classes, int):
         if classes < 1 or len(known) % classes:
             raise ValueError(
@@ -309,6 +345,10 @@ def _groups(labels: Tensor, classes: int | Sequence[Sequence[int]]) -> list[list
     if not all(groups) or len(set(named)) < len(named) or not set(named) <= set(known):
         raise ValueError(f"classes must be disjoint lists of the labels {known}, none of them empty; got {groups}.")
     return groups
+
+
+def _lists(groups: Any) -> bool:
+    return isinstance(groups, Sequence) and all(isinstance(group, list | tuple) for group in groups)
 
 
 def _only(pair: Pair, group: list[int], renumber: bool = False) -> TensorDataset:

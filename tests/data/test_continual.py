@@ -287,6 +287,28 @@ def test_numbers_are_hyperparameters_and_data_are_not():
         (lambda: ContinualDataModule.split(DATA, TEST, classes=[[0, 9]]), "classes must be disjoint lists of"),
         (lambda: ContinualDataModule.split(DATA, TEST, classes=[[0], []]), "none of them empty"),
         (lambda: ContinualDataModule.domain_split(DATA, TEST, classes=1), "two classes or more to tell apart"),
+        (lambda: ContinualDataModule(iter([(DATA, TEST)])), "tasks must hold a pair"),
+        (lambda: ContinualDataModule([(DATA, TEST, "ab")]), "heads of task 0 must be a slice.*got 'ab'"),
+        (lambda: ContinualDataModule([(DATA, TEST, [0.5])]), r"heads of task 0 must be a slice.*got \[0.5\]"),
+        (lambda: ContinualDataModule([(DATA, TEST)] * 3, task=1.5), "task must lie between 0 and 2; got 1.5"),
+        (lambda: ContinualDataModule([(DATA, TEST)] * 3, task="1"), "task must lie between 0 and 2; got 1"),
+        (lambda: ContinualDataModule([(DATA, TEST)], batch_size=1.5), "batch_size must be a whole number; got 1.5"),
+        (lambda: ContinualDataModule.permuted(DATA, TEST, num_tasks=1.5), "num_tasks must be at least 1; got 1.5"),
+        (
+            lambda: ContinualDataModule.permuted((IMAGES.numpy(), LABELS.numpy()), TEST),
+            "data must be a pair of tensors",
+        ),
+        (lambda: ContinualDataModule.permuted(TensorDataset(*DATA), TEST), "data must be a pair of tensors"),
+        (lambda: ContinualDataModule.permuted((IMAGES[:0], LABELS[:0]), TEST), "data must hold at least one image"),
+        (lambda: ContinualDataModule.split((IMAGES, LABELS > 2), TEST), "data must be images.*bool"),
+        (
+            lambda: ContinualDataModule.split(DATA, TEST, classes=[0, 1]),
+            r"classes must be a whole number, or.*\[0, 1\]",
+        ),
+        (lambda: ContinualDataModule.split(DATA, TEST, classes=2.0), "classes must be a whole number, or.*2.0"),
+        (lambda: ContinualDataModule.split((IMAGES, LABELS - 2), TEST), "labels must be at least 0"),
+        (lambda: ContinualDataModule.split(DATA, (IMAGES, LABELS + 1)), r"test has images of \[6\], classes that no"),
+        (lambda: ContinualDataModule.domain_split(DATA, (IMAGES, LABELS + 1)), r"test has images of \[6\]"),
     ],
 )
 def test_bad_input_is_named(build, complaint):
