@@ -183,8 +183,8 @@ class InfluenceScores(ConcatenatingMetric):
             raise ValueError(f"query must lie in [0, {self.num_queries - 1}], got {query}.")
         if "scores" in value:  # torchmetrics drops the dimensions of a single number, hence reshape
             row = value["scores"].reshape(self.num_queries, -1)[query]
-            return plot_extremes(_ends(row, value["indices"].reshape(-1), count), ax)
-        return plot_extremes({n: v.reshape(self.num_queries, -1)[query, :count] for n, v in value.items()}, ax)
+            return plot_extremes(_ends(row, value["indices"].reshape(-1), count), query, ax)
+        return plot_extremes({n: v.reshape(self.num_queries, -1)[query, :count] for n, v in value.items()}, query, ax)
 
     def _keep(self, scores: Tensor, indices: Tensor) -> None:
         if self.kept.dtype == torch.float32 and bool((indices >= 2**24).any()):

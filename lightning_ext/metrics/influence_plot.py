@@ -1,8 +1,9 @@
 """Figures of influence scores and of how good they are. Matplotlib is imported only when one is drawn."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_ext.metrics._figure import INK, PALE, axes_of, quieten
@@ -48,26 +49,29 @@ def plot_detection(curves: Mapping[str, Mapping[str, Tensor]], ax: Any = None) -
 
 
 def plot_effects(
-    predicted: Tensor, actual: Tensor, correlation: float, ax: Any = None, label: str | None = None
+    predicted: Tensor, actual: Tensor, told: str, title: str, ax: Any = None, label: str | None = None
 ) -> tuple[Any, Any]:
-    """Draw actual against predicted effects with the line on which they are equal."""
+    """Draw actual against predicted effects with the line on which they are equal; what is far out, at the edge."""
     figure, axes = axes_of(ax, (4.8, 4.4))
     place = len(axes.collections) % len(_COLOURS)
+    (x, beyond_x), (y, beyond_y) = within(predicted, outlier_limit(predicted)), within(actual, outlier_limit(actual))
+    beyond = int((beyond_x | beyond_y).sum())
     axes.scatter(
-        _numbers(predicted),
-        _numbers(actual),
+        _numbers(x),
+        _numbers(y),
         s=26,
         marker=_MARKERS[place],
         facecolor=_COLOURS[place],
         edgecolor="white",
         lw=0.6,
         alpha=0.85,
-        label=f"{label + ', ' if label else ''}r = {correlation:.3f}",
+        label=f"{label + ', ' if label else ''}{told}{f' ({beyond} far out, at edge)' if beyond else ''}",
         zorder=3,
     )
     if place == 0 and not axes.lines:
         axes.axline((0, 0), slope=1, color=PALE, lw=1.2, zorder=1, label="equal")
     axes.set(xlabel="predicted effect of removal", ylabel="actual effect of removal")
+    axes.set_title(title, fontsize=10, color=INK)
     axes.margins(0.06)
     quieten(axes)
     axes.ticklabel_format(style="sci", scilimits=(-3, 4), axis="both")
@@ -75,31 +79,51 @@ def plot_effects(
     return figure, axes
 
 
-def plot_extremes(ends: Mapping[str, Tensor], ax: Any = None) -> tuple[Any, Any]:
+def outlier_limit(values: Tensor) -> float:
+    """Twenty times what nine of ten absolute values stay below: points beyond would flatten all others."""
+    size = values.detach().double().abs().reshape(-1)
+    usual = size.quantile(0.9, interpolation="lower").item() if len(size) > 4 else 0.0
+    return 20 * usual or torch.inf
+
+
+def within(values: Tensor, limit: float) -> tuple[Tensor, Tensor]:
+    """Values, those beyond the limit moved to the edge of the others; and which were moved."""
+    far = values.abs() > limit
+    edge = 1.2 * values.where(~far, 0).abs().max()
+    return values.where(~far, values.sign() * edge), far
+
+
+def plot_extremes(ends: Mapping[str, Tensor], query: int, ax: Any = None) -> tuple[Any, Any]:
     """Draw the most helpful samples as bars from the top, the most harmful ones to the bottom."""
     helpful, best = _numbers(ends["helpful_values"]), ends["helpful_indices"].tolist()
     harmful, worst = _numbers(ends["harmful_values"]), ends["harmful_indices"].tolist()
     bars = list(zip(best, helpful, strict=True))
     bars += [(index, value) for index, value in reversed(list(zip(worst, harmful, strict=True))) if index not in best]
-    figure, axes = axes_of(ax, (5.2, 1.2 + 0.24 * len(bars)))
-    values = [value for _, value in bars]
-    axes.barh(range(len(bars)), values, color=[_HELPFUL if v > 0 else _HARMFUL for v in values], height=0.72)
+    figure, axes = _sample_bars(bars, f"measurement of query {query}", "change when the sample is removed", ax)
+    for bar, (_, value) in zip(axes.patches, bars, strict=False):
+        bar.set_facecolor(_HELPFUL if value > 0 else _HARMFUL)
+    for name, colour in (("rises (helpful, of a loss)", _HELPFUL), ("falls (harmful)", _HARMFUL)):
+        axes.plot([], [], "s", color=colour, label=name)
+    axes.legend(frameon=False, fontsize=8, loc="lower right")
     axes.axvline(0, color="#9aa1ad", lw=0.8)
-    axes.set_yticks(range(len(bars)), [str(index) for index, _ in bars], fontsize=8)
-    axes.invert_yaxis()
-    axes.set(xlabel="effect of removal on the query's measurement", ylabel="training sample")
-    axes.ticklabel_format(style="sci", scilimits=(-3, 4), axis="x")
-    quieten(axes)
     return figure, axes
 
 
 def plot_largest(values: Tensor, indices: Tensor, ax: Any = None) -> tuple[Any, Any]:
     """Draw samples of large self-influence as bars, from the top."""
-    figure, axes = axes_of(ax, (5.2, 1.2 + 0.24 * len(values)))
-    axes.barh(range(len(values)), _numbers(values), color=_HARMFUL, height=0.72)
-    axes.set_yticks(range(len(values)), [str(index) for index in indices.tolist()], fontsize=8)
+    bars = list(zip(indices.tolist(), _numbers(values), strict=True))
+    return _sample_bars(bars, "largest self-influence", "self-influence", ax)
+
+
+def _sample_bars(bars: Sequence[tuple[int, float]], title: str, quantity: str, ax: Any) -> tuple[Any, Any]:
+    """One bar per sample, named by its position in the data set, from the top."""
+    figure, axes = axes_of(ax, (5.2, 1.6 + 0.24 * len(bars)))
+    axes.barh(range(len(bars)), [value for _, value in bars], color=_HARMFUL, height=0.72)
+    axes.set_yticks(range(len(bars)), [str(index) for index, _ in bars], fontsize=8)
     axes.invert_yaxis()
-    axes.set(xlabel="self-influence", ylabel="sample")
+    axes.set_xlabel(quantity)
+    axes.set_ylabel("position in the training set", labelpad=8)
+    axes.set_title(title, fontsize=10, color=INK)
     axes.ticklabel_format(style="sci", scilimits=(-3, 4), axis="x")
     quieten(axes)
     return figure, axes

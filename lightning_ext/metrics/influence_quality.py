@@ -239,7 +239,9 @@ class LOOCorrelation(ConcatenatingMetric):
         Args:
             ax: Matplotlib axes to draw in, those of another metric's plot to compare. Default: those of a new figure.
             query: The query to draw. Default: effects on the mean over queries.
-            label: What the points are, for the legend, which adds the correlation of what is drawn.
+            label: What the points are, for the legend. It adds the correlation of the query, or, as :meth:`compute`
+                has it, the mean over queries, and counts points that lie twenty times farther out than nine of ten:
+                those are drawn at the edge.
 
         Returns:
             ``(figure, axes)``.
@@ -247,8 +249,14 @@ class LOOCorrelation(ConcatenatingMetric):
         Raises:
             ModuleNotFoundError: If matplotlib is missing, with the line that installs it.
         """
-        predicted, actual = (rows.mean(0) if query is None else rows[query] for rows in self.effects())
-        return plot_effects(predicted, actual, float(row_correlation(predicted, actual, self.kind)), ax, label)
+        rows, others = self.effects()
+        mean, title = "mean ", f"mean over {len(rows)} queries"
+        if query is not None:
+            rows, others, mean, title = rows[[query]], others[[query]], "", f"query {query}"
+        correlation = row_correlation(rows, others, self.kind).nanmean().item()
+        symbol = {"pearson": "r", "spearman": "\u03c1"}[self.kind]
+        told = f"{mean}{symbol} = {correlation:.3f}"
+        return plot_effects(rows.mean(0), others.mean(0), told, title, ax, label)
 
     def _effects(self) -> tuple[Tensor, Tensor]:
         queries = int(self.num_queries)

@@ -3,7 +3,10 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
+
+from lightning_ext.metrics.influence_plot import outlier_limit, within
 
 if TYPE_CHECKING:
     from lightning_ext.modules.influence_gaps import InfluenceGaps
@@ -17,14 +20,18 @@ def plot_gaps(gaps: "InfluenceGaps", axes: Sequence[Any] | None = None) -> tuple
     """Draw bars of the gaps, and influence against three responses: four axes."""
     figure, axes = _axes(axes)
     _bars(axes[0], gaps)
-    centred = {name: _centred(gaps.measured[name]) for name in _PANELS}
-    reach = 1.08 * max(float(values.abs().max()) for values in centred.values())
+    centred = torch.stack([_centred(gaps.measured[name]) for name in _PANELS])
+    limits = sorted(map(outlier_limit, centred))
+    inside, beyond = within(centred, limits[1])  # one of the responses may have diverged
+    reach = 1.08 * float(inside.abs().max())
     for place, (name, title) in enumerate(_PANELS.items(), 1):
-        _scatter(axes[place], _centred(gaps.influence), centred[name], reach)
+        _scatter(axes[place], _centred(gaps.influence), inside[place - 1], reach)
+        count = int(beyond[place - 1].sum())
         r, rho = gaps.correlations[name]["pearson"], gaps.correlations[name]["spearman"]
-        axes[place].set_title(f"{title}\nr = {r:.2f}, \u03c1 = {rho:.2f}", fontsize=10, color=_INK)
-    axes[1].set_ylabel("measured change", color=_INK)
-    axes[2].set_xlabel("change that influence predicts", color=_INK)
+        far = f"\n{count} far out, at the edge" if count else ""
+        axes[place].set_title(f"{title}\nr = {r:.2f}, \u03c1 = {rho:.2f}{far}", fontsize=10, color=_INK)
+    axes[1].set_ylabel("actual change of the measurement", fontsize=9, color=_INK)
+    axes[2].set_xlabel("change that influence predicts (dashed: equal)", color=_INK)
     return figure, axes
 
 
@@ -40,10 +47,11 @@ def _bars(axes: Any, gaps: "InfluenceGaps") -> None:
     positive = [mean for mean in means.values() if mean > 0]
     if positive:
         axes.set_xscale("log")
-        axes.set_xlim(0.1 * min(positive), 2 * max(positive))
+        seen = torch.cat([gap.reshape(-1).cpu() for gap in gaps.output_gaps.values()])
+        axes.set_xlim(min(0.1 * min(positive), 0.8 * float(seen[seen > 0].min())), 2 * float(seen.max()))
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
-    axes.set_xlabel("rms distance of outputs", color=_INK)
+    axes.set_xlabel("rms distance of outputs\nbar: mean over removals, |: each", color=_INK)
     axes.set_title("from retraining to an influence estimate\n", fontsize=10, color=_INK)
     axes.text(0.0, 1.03, "another question", transform=axes.transAxes, fontsize=9, color=_QUESTION)
     axes.text(1.0, 1.03, "error", transform=axes.transAxes, fontsize=9, color=_ERROR, ha="right")
@@ -57,7 +65,7 @@ def _centred(values: Tensor) -> Tensor:
 
 
 def _scatter(axes: Any, influence: Tensor, actual: Tensor, reach: float) -> None:
-    axes.axline((0, 0), slope=1, color=_PALE, lw=1, zorder=1)
+    axes.axline((0, 0), slope=1, color=_PALE, lw=1, ls="--", zorder=1)
     axes.plot(influence.tolist(), actual.tolist(), "o", ms=3, mew=0, color=_ERROR, alpha=0.35, rasterized=True)
     if reach > 0:
         axes.set_ylim(-reach, reach)

@@ -86,8 +86,11 @@ class InfluenceGaps:
     def plot(self, axes: Sequence[Any] | None = None) -> tuple[Any, Any]:
         """Draw the gaps as bars, and influence against the cold, the warm and the Bregman response.
 
+        Changes are each query's, less their mean over the removals, which no correlation sees. Points far beyond the
+        others are drawn at the edge and counted.
+
         Args:
-            axes: two matplotlib axes to draw on; default a new figure.
+            axes: four matplotlib axes to draw on; default a new figure.
 
         Returns:
             Figure and axes.

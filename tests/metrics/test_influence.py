@@ -241,6 +241,8 @@ class TestPlot:
 
     @pytest.mark.parametrize("topk", [None, 5])
     def test_bars_of_both_ends(self, topk):
+        from matplotlib.colors import to_rgba
+
         scores, batches = draw()
         metric = updated(InfluenceScores(QUERIES, topk), scores, batches)
         _, axes = metric.plot(query=2, count=3)
@@ -250,6 +252,11 @@ class TestPlot:
         assert [text.get_text() for text in axes.get_yticklabels()] == [str(name) for name in names]
         assert [bar.get_width() for bar in axes.patches] == pytest.approx(values)
         assert axes.yaxis_inverted()
+        assert axes.get_title() == "measurement of query 2"
+        told = zip(axes.get_legend().get_texts(), axes.get_lines(), strict=False)
+        colours = {text.get_text().split()[0]: line.get_color() for text, line in told}
+        assert {bar.get_facecolor() for bar in axes.patches if bar.get_width() > 0} == {to_rgba(colours["rises"])}
+        assert {bar.get_facecolor() for bar in axes.patches if bar.get_width() < 0} == {to_rgba(colours["falls"])}
 
     def test_few_samples_stand_once_and_given_axes_are_used(self):
         import matplotlib.pyplot as plt

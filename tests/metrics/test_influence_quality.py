@@ -305,9 +305,31 @@ class TestFigures:
         mean = predicted.mean(0)
         torch.testing.assert_close(torch.tensor(cold.get_offsets().tolist()).double(), torch.stack([mean, 2 * mean], 1))
         assert warm.get_offsets()[:, 1].tolist() == pytest.approx((-mean).tolist())
-        assert self.labels(given) == ["cold, r = 1.000", "warm, r = -1.000", "equal"]
+        assert self.labels(given) == ["cold, mean r = 1.000", "warm, mean r = -1.000", "equal"]
         _, axes = metric.plot(query=1)
         assert axes.collections[0].get_offsets()[:, 0].tolist() == pytest.approx(predicted[1].tolist())
+        assert (self.labels(axes), axes.get_title()) == (["r = -1.000", "equal"], "query 1")
+
+    @pytest.mark.parametrize(("kind", "symbol"), [("pearson", "r"), ("spearman", "\u03c1")])
+    def test_the_figure_has_the_number_that_compute_gives(self, kind, symbol):
+        metric = LOOCorrelation(kind)
+        metric.update(normal(3, 9), normal(3, 9).exp())
+        _, axes = metric.plot()
+        found = metric.compute()
+        assert self.labels(axes)[0] == f"mean {symbol} = {found['correlation']:.3f}"
+        assert axes.get_title() == "mean over 3 queries"
+        _, axes = metric.plot(query=2)
+        assert self.labels(axes)[0] == f"{symbol} = {found['per_query'][2]:.3f}"
+
+    def test_an_effect_far_out_does_not_flatten_the_others(self):
+        metric, actual = LOOCorrelation(), torch.arange(10.0)[None] - 4
+        actual[0, 3] = -1e31
+        metric.update(torch.arange(10.0)[None], actual)
+        _, axes = metric.plot()
+        drawn = axes.collections[0].get_offsets()[:, 1].tolist()
+        assert drawn.pop(3) == pytest.approx(-6.0)  # a fifth beyond the largest of the others
+        assert drawn == [-4, -3, -2, 0, 1, 2, 3, 4, 5]
+        assert "(1 far out, at edge)" in self.labels(axes)[0]
 
     def overlap(self):
         metric = TopKOverlap(k=1)

@@ -1,7 +1,9 @@
 """The five gaps: they telescope, vanish where the mathematics says so, and come out as the paper found them."""
 
+import dataclasses
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -159,6 +161,21 @@ def test_plot_draws_bars_and_three_scatters(found):
     with pytest.raises(ValueError, match="4 axes"):
         gaps.plot(given[:2])
     plt.close(figure)
+
+
+def test_a_response_that_diverged_does_not_flatten_the_others(found):
+    plt = pytest.importorskip("matplotlib.pyplot")
+    gaps = found[1]
+    _, whole = gaps.plot()
+    diverged = dataclasses.replace(gaps, measured={**gaps.measured, "pbrf": 1e25 * gaps.measured["pbrf"]})
+    _, axes = diverged.plot()
+    for ax, before in zip(axes[1:3], whole[1:3], strict=True):
+        assert ax.get_lines()[1].get_ydata() == pytest.approx(before.get_lines()[1].get_ydata())
+        assert ax.get_ylim()[1] <= before.get_ylim()[1] * 1.2
+    drawn = axes[3].get_lines()[1].get_ydata()
+    assert "48 far out, at the edge" in axes[3].get_title()
+    assert np.abs(drawn).max() <= axes[3].get_ylim()[1]
+    plt.close("all")
 
 
 def test_queries_without_a_correlation_are_left_out_and_counted():
