@@ -50,6 +50,17 @@ class TaskMemory:
         self._held: list[FunctionSpaceEstimator] = []  # one per task, or with "merge" at most one
         self._pool: tuple[list[int], FunctionSpaceEstimator] | None = None
 
+    def rehearse(self, module: nn.Module, batches: Sequence[Any], heads: Heads | None) -> None:
+        """Meet on a few samples what would be refused when the task ends.
+
+        Raises:
+            ValueError: the heads are no outputs of the module; what the estimator refuses.
+        """
+        trial = copy.deepcopy(self.prototype).to(next(module.parameters()).device)
+        for batch in batches:
+            trial.fit(module, [batch], heads=None)
+            _check_heads(heads, trial.outputs(module, batch).shape[-1])
+
     def remember(
         self,
         task: int,
@@ -141,3 +152,14 @@ class TaskMemory:
             estimator.load_state_dict(saved)
             self._held.append(estimator)
         self._consolidate()
+
+
+def _check_heads(heads: Heads | None, outputs: int) -> None:
+    if heads is None:
+        return
+    try:
+        chosen = torch.arange(outputs)[heads]
+    except (IndexError, TypeError) as error:
+        raise ValueError(f"heads must index {outputs} outputs of the module; got {heads!r}.") from error
+    if chosen.ndim != 1 or len(chosen) == 0:
+        raise ValueError(f"heads must be a slice or list with at least one of {outputs} outputs; got {heads!r}.")

@@ -38,6 +38,14 @@ def one_pass(trainer: Trainer | None, pl_module: LightningModule, loader: Any, *
     return (_moved(trainer, pl_module, batch) for batch in batches)
 
 
+def first_batch(trainer: Trainer, pl_module: LightningModule, loader: Any) -> list[Any]:
+    """What :func:`one_pass` would begin with, in a list; empty where looking would use a sample up."""
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        return []
+    batches = _ordered(None, loader, shared=False, num_workers=0)
+    return [_moved(trainer, pl_module, batch) for batch in islice(batches, 1)]
+
+
 def only_loader(trainer: Trainer, who: str) -> Any:
     """The Trainer's training loader."""
     loader = trainer.train_dataloader
@@ -50,7 +58,15 @@ def only_loader(trainer: Trainer, who: str) -> Any:
     return loader
 
 
-def _ordered(trainer: Trainer | None, loader: Any, *, shared: bool) -> Iterable[Any]:
+def sum_over_ranks(trainer: Trainer | None, tensor: Tensor) -> Tensor:
+    """In place."""
+    if trainer is None or trainer.world_size == 1:
+        return tensor
+    total = trainer.strategy.reduce(tensor, reduce_op="sum")
+    return tensor.copy_(torch.as_tensor(total))
+
+
+def _ordered(trainer: Trainer | None, loader: Any, *, shared: bool, num_workers: int | None = None) -> Iterable[Any]:
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         return iter(loader)  # type: ignore[no-any-return]
     rank, world = (trainer.global_rank, trainer.world_size) if shared and trainer is not None else (0, 1)
@@ -61,7 +77,7 @@ def _ordered(trainer: Trainer | None, loader: Any, *, shared: bool) -> Iterable[
         batch_size=None if loader.batch_sampler is None else size,  # None: the items are batches
         sampler=positions,
         collate_fn=loader.collate_fn,
-        num_workers=loader.num_workers,
+        num_workers=loader.num_workers if num_workers is None else num_workers,
         worker_init_fn=loader.worker_init_fn,
         generator=torch.Generator().manual_seed(0),  # without one a loader draws from the global generator
     )

@@ -21,7 +21,7 @@ from lightning_ext._lightning import (
 from lightning_ext.callbacks._laftr_diagnostics import Diagnostics, Loaders
 from lightning_ext.callbacks._laftr_memory import Heads, TaskMemory, prototype_of
 from lightning_ext.callbacks._laftr_rotation import Rotation
-from lightning_ext.callbacks._laftr_samples import one_pass, only_loader, reading
+from lightning_ext.callbacks._laftr_samples import first_batch, one_pass, only_loader, reading, sum_over_ranks
 from lightning_ext.callbacks._laftr_step import add_term, remove_term
 from lightning_ext.functional import fold_in
 from lightning_ext.nn import FunctionSpaceEstimator
@@ -38,7 +38,8 @@ class FunctionSpaceRegularizer(Callback):
     statistics, of the distance between the outputs of the network as task i left it, :math:`\theta_i`, and of the
     network as it is.
 
-    When a fit ends, after every callback has had its last word about the weights, one pass in eval mode over the
+    When a fit begins, the first batch of the data set is tried, so that what cannot be learned from is said before the
+    training. When it ends, after every callback has had its last word about the weights, one pass in eval mode over the
     training loader's data set, each sample once, collects the statistics; a fit that is interrupted leaves none. With
     past tasks, ``training_step`` is wrapped from ``on_fit_start`` until the fit ends or fails. The sum is formed before
     the loss is scaled or divided, so accumulation, clipping and mixed precision need no care; what the module logs as
@@ -229,9 +230,12 @@ class FunctionSpaceRegularizer(Callback):
             add_term(pl_module, self, lambda: self.penalty(pl_module))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse several training loaders before the training."""
+        """Refuse before the training what would be refused when it ends."""
         if self.fit_at == "fit_end":
-            only_loader(trainer, type(self).__name__)
+            loader = only_loader(trainer, type(self).__name__)
+            with reading(trainer, pl_module), torch.inference_mode(False), torch.enable_grad():
+                batches = first_batch(trainer, pl_module, loader)
+                self._memory.rehearse(pl_module, batches, self._task_heads(self._number()))
         if self._rotation is not None:
             self._rotation.check(trainer)
 
@@ -334,7 +338,7 @@ class FunctionSpaceRegularizer(Callback):
         heads = self._task_heads(task)
         with reading(trainer, pl_module), torch.inference_mode(False), torch.enable_grad():
             batches = one_pass(trainer, pl_module, loader, shared=True)
-            self._memory.remember(task, pl_module, batches, heads, reduce=lambda t: _sum(trainer, t))
+            self._memory.remember(task, pl_module, batches, heads, reduce=lambda t: sum_over_ranks(trainer, t))
             renewed = [task] if self.consolidate == "all" else self.tasks  # whose reference are these weights?
             self._diagnostics.record(trainer, pl_module, renewed)
         self._keep(trainer)
@@ -380,13 +384,6 @@ class FunctionSpaceRegularizer(Callback):
 
 def _rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-
-
-def _sum(trainer: Trainer | None, tensor: Tensor) -> Tensor:
-    if trainer is None or trainer.world_size == 1:
-        return tensor
-    total = trainer.strategy.reduce(tensor, reduce_op="sum")
-    return tensor.copy_(torch.as_tensor(total))
 
 
 def _publish(trainer: Trainer, found: dict[str, float]) -> None:

@@ -3,7 +3,14 @@
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, SubsetRandomSampler, WeightedRandomSampler
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 from lightning_ext._lightning import Callback, LightningDataModule, MisconfigurationException, submodule
 from lightning_ext.callbacks import FunctionSpaceRegularizer
@@ -188,6 +195,39 @@ def test_several_training_loaders_are_refused_before_the_training():
     train(module, [FunctionSpaceRegularizer(Anchor(), fit_at="manual")], Two())
 
 
+@pytest.mark.parametrize(
+    ("kwargs", "data", "message"),
+    [
+        ({"inputs": "image"}, None, "has no entry 'image': say with inputs="),
+        ({"heads": lambda task: slice(4, 8)}, None, "at least one of 3 outputs; got slice"),
+        ({"heads": lambda task: [7]}, None, r"heads must index 3 outputs of the module; got \[7\]"),
+        ({}, TensorDataset(torch.rand(8, 6), torch.rand(8, 3)), "class_conditional=True needs a class number"),
+    ],
+)
+def test_what_cannot_be_learned_is_said_before_the_training(kwargs, data, message):
+    module = seeded_net()
+    before = flat(module)
+    step = module.training_step = lambda batch, batch_idx: pytest.fail("the training has begun")
+    with pytest.raises(ValueError, match=message):
+        train(module, [FunctionSpaceRegularizer("laftr", **kwargs)], data and DataLoader(data, batch_size=4))
+    assert torch.equal(flat(module), before)
+    assert module.training_step is step
+
+
+def test_a_stream_is_not_tapped_before_the_training():
+    class Tap(IterableDataset):
+        begun = 0
+
+        def __iter__(self):
+            Tap.begun += 1
+            return iter([table(1)[0]] * 8)
+
+    callback = FunctionSpaceRegularizer(Anchor())
+    train(seeded_net(), [callback], DataLoader(Tap(), batch_size=4))
+    assert callback.tasks == [0]
+    assert Tap.begun == 2, "once for the training, once for the statistics"
+
+
 def test_weights_that_are_not_finite_are_no_reference():
     module = seeded_net()
     with torch.no_grad():
@@ -216,11 +256,11 @@ def test_heads_of_tasks():
         return slice(task, task + 1)
 
     callback = FunctionSpaceRegularizer(Anchor(), heads=heads)
-    for task in (3, 1):
+    for task in (2, 1):
         callback.current_task = task
         train(seeded_net(), [callback])
-    assert callback.tasks == [3, 1]
-    assert [e.heads for e in callback._memory._held] == [slice(3, 4, None), slice(1, 2, None)]
+    assert callback.tasks == [2, 1]
+    assert [e.heads for e in callback._memory._held] == [slice(2, 3, None), slice(1, 2, None)]
     listed = FunctionSpaceRegularizer(Anchor(), heads=[[0], [1, 2]])
     listed.current_task = 2
     module = seeded_net()
