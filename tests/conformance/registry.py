@@ -14,6 +14,7 @@ from tests.conformance import (
     influence_batches,
     influence_responses,
     laftr_regularizers,
+    mutual_information_batches,
     toys,
 )
 from tests.conformance.entry import Entry
@@ -30,6 +31,7 @@ NOT_COMPONENTS = {
     "DSpritesDataModule": "its file cannot be shipped; tests/data/test_dsprites.py trains on one that it writes",
     "InfluenceGapAnalyzer": "a runner around Trainers; tests/modules/test_influence_gaps.py runs it",
     "InfluenceGaps": "a dataclass of tensors that InfluenceGapAnalyzer returns",
+    "MutualInformationSandwich": "a collection of registered ones; tests/metrics/test_mutual_information_ais.py",
     "IndexedDataset": "wraps a dataset; tests/data/test_indexed.py iterates loaders over it",
     "IndexedBatch": "a named tuple that a loader over IndexedDataset gives",
     "InfluenceModule": "it predicts and is not trained; tests/modules/test_influence*.py run it through the Trainer",
@@ -428,6 +430,31 @@ _METRICS = [
     Entry(["EigenCorrection"], "metric", curvature_batches.correction, batches=curvature_batches.updates),
 ]
 
+_COLUMNS = {"row_split": False}  # pairs are columns
+
+_MUTUAL_INFORMATION = [
+    *(
+        Entry(
+            [name],
+            "metric",
+            functools.partial(getattr(metrics, name), *chosen),
+            label="-".join([name, *chosen[:1]]),
+            batches=functools.partial(mutual_information_batches.draws, **shapes),
+            reference=getattr(mutual_information_batches, reference),
+            metric_options=_COLUMNS,
+        )
+        for name, chosen, reference, shapes in mutual_information_batches.METRICS
+    ),
+    Entry(
+        ["InfoNCE"],
+        "metric",
+        metrics.InfoNCE,
+        batches=mutual_information_batches.square_scores,
+        reference=mutual_information_batches.in_batch,
+        metric_options=_COLUMNS,
+    ),
+]
+
 _NN = [
     Entry(["MLP"], "nn", lambda: nn.MLP([6, 5, 2]), inputs=lambda: (torch.ones(3, 6),)),
     Entry(["MLPEncoder"], "nn", lambda: nn.MLPEncoder([6], [5], 2), inputs=lambda: (torch.ones(3, 6),)),
@@ -473,7 +500,19 @@ _NN = [
     ),
 ]
 
-REGISTRY = [*_METHOD, *_BASELINES, *_CALLBACKS, *_APO, *_RESPONSES, *_INFLUENCE, *_LAFTR, *_DATA, *_METRICS, *_NN]
+REGISTRY = [
+    *_METHOD,
+    *_BASELINES,
+    *_CALLBACKS,
+    *_APO,
+    *_RESPONSES,
+    *_INFLUENCE,
+    *_LAFTR,
+    *_DATA,
+    *_METRICS,
+    *_MUTUAL_INFORMATION,
+    *_NN,
+]
 
 TOYS = [
     Entry(
