@@ -19,6 +19,14 @@ SandwichedBound = Literal["ais", "barber_agakov", "giwae", "iwae", "structured_i
 _MIXED = {("upper", "independent_reverse"), ("upper", "coupled_reverse"), ("lower", "independent")}
 """Where one chain stands beside K - 1 of the other direction."""
 
+_TITLES = {
+    "ais": "AIS",
+    "barber_agakov": "Barber-Agakov",
+    "giwae": "GIWAE",
+    "iwae": "IWAE",
+    "structured_infonce": "S-InfoNCE",
+}
+
 
 class AISBound(SidedMean):
     r"""Bounds from the log weights of annealed chains, K forward and K reverse.
@@ -129,7 +137,7 @@ class MutualInformationSandwich(MetricCollection):
         rows: dict[str, dict[str, Tensor]] = {}
         for key, value in (self.compute() if val is None else val).items():
             bound, _, name = key.removeprefix(self.prefix or "").rpartition("/")
-            rows.setdefault(bound, {})[name] = value
+            rows.setdefault(_TITLES.get(bound, bound), {})[name] = value
         return plot_bounds(rows, ax, truth)
 
 

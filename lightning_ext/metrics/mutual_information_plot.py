@@ -16,6 +16,8 @@ _STYLES = {  # told apart in grey by their marks, too
     "estimate": ("estimate, no bound", "#15803d", "o"),
 }
 _ROW, _TRUTH = "row", "truth"
+_APART = {"lower": -0.09, "upper": 0.09}
+"""Error bars of two sides often overlap: one stands above the row, the other below."""
 
 
 def plot_bounds(
@@ -56,7 +58,7 @@ def _row(axes: Any, place: int, numbers: Mapping[str, float], value: Mapping[str
         error = value[f"{name}_stderr" if f"{name}_stderr" in value else "stderr"].item()
         axes.errorbar(
             [number],
-            [place],
+            [place + (_APART[name] if len(numbers) > 1 else 0.0)],
             xerr=[error] if math.isfinite(error) else None,
             color=colour,
             fmt=marker,
@@ -74,7 +76,7 @@ def _beyond(axes: Any, place: int, number: float, title: str, colour: str) -> No
     right = number > 0 or math.isnan(number)
     axes.annotate(
         f"{told} →" if number > 0 else told if right else f"← {told}",
-        (1.0 if right else 0.0, place + 0.04),
+        (1.0 if right else 0.0, place + 0.12),
         xycoords=("axes fraction", "data"),
         ha="right" if right else "left",
         va="top",
@@ -86,7 +88,7 @@ def _beyond(axes: Any, place: int, number: float, title: str, colour: str) -> No
 def _legend(axes: Any) -> None:
     """Each kind of mark once, above the rows."""
     handles, labels = axes.get_legend_handles_labels()
-    once = dict(zip(labels, handles, strict=True))
+    once = dict(sorted(zip(labels, handles, strict=True), key=lambda pair: pair[0] == _TRUTH))
     if once:
         place = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0), "ncols": len(once)}
         axes.legend(list(once.values()), list(once), frameon=False, fontsize=8, **place)

@@ -98,9 +98,9 @@ def test_a_side_alone_takes_its_posterior_sample_from_the_first_row():
     assert upper["upper"].item() == pytest.approx(0.26135502, abs=6e-9)
     giwae = computed(GIWAEBound(), log_q=Q.log()[x, z], log_prior=LOG_PRIOR[z], critic=CRITIC[x, rows])
     assert giwae["lower"].item() == pytest.approx(0.19896954, abs=6e-9)
-    nce = computed(StructuredInfoNCE(), scores=LIKELIHOOD[x, rows])
+    alone = computed(StructuredInfoNCE(), scores=LIKELIHOOD[x, rows])
     again = computed(StructuredInfoNCE(), scores=LIKELIHOOD[x, samples], log_likelihood=own)
-    assert nce["lower"] == again["lower"]
+    assert alone["lower"] == again["lower"]
 
 
 def test_standard_errors_are_those_of_pairs_and_of_their_differences():
