@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from lightning_ext._lightning import LightningModule, Trainer
 from lightning_ext.callbacks._laftr_samples import one_pass
@@ -25,6 +26,10 @@ class Diagnostics:
     def __init__(self, estimator: FunctionSpaceEstimator, loaders: Loaders | None) -> None:
         if isinstance(loaders, Iterator):
             raise ValueError("diagnostics_loader is gone through more than once: pass a loader, no iterator.")
+        if loaders is not None and not callable(loaders) and not isinstance(loaders, Iterable):
+            raise ValueError(f"diagnostics_loader must be a loader, or a function task -> loader; got {loaders!r}.")
+        if isinstance(loaders, Sequence) and any(isinstance(loader, DataLoader) for loader in loaders):
+            raise ValueError("diagnostics_loader holds several loaders: pass a function, such as loaders.__getitem__.")
         self.estimator, self.loaders = estimator, loaders
         self._outputs: dict[int, Tensor] = {}
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 from lightning_ext._lightning import MisconfigurationException, Trainer
+from lightning_ext.callbacks._laftr_arguments import check_number
 
 
 class Rotation:
@@ -13,8 +14,7 @@ class Rotation:
     """
 
     def __init__(self, epochs: int) -> None:
-        if epochs < 1:
-            raise ValueError(f"epochs_per_task must be at least 1; got {epochs}.")
+        check_number("epochs_per_task", epochs, 1)
         self.epochs = epochs
 
     def data(self, trainer: Trainer) -> Any:

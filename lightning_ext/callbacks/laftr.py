@@ -18,6 +18,7 @@ from lightning_ext._lightning import (
     refuse_sharded,
     submodule,
 )
+from lightning_ext.callbacks._laftr_arguments import check_choice, check_heads, check_number, check_readers
 from lightning_ext.callbacks._laftr_diagnostics import Diagnostics, Loaders
 from lightning_ext.callbacks._laftr_memory import Heads, TaskMemory, prototype_of
 from lightning_ext.callbacks._laftr_rotation import Rotation
@@ -64,7 +65,8 @@ class FunctionSpaceRegularizer(Callback):
         add_to_loss: with ``False`` nothing is wrapped; add :meth:`penalty` to the loss yourself. Manual optimisation
             needs this.
         forward: ``(module, x) -> outputs``; default ``module(x)``.
-        inputs: the network's inputs in a batch: a key, or a function of the batch; default ``batch[0]``.
+        inputs: the network's inputs in a batch: a key, or a function of the batch; default ``batch[0]``, or the batch
+            where it is a tensor.
         target: the classes in a batch, for class-conditional statistics: a key or a function; default ``batch[1]``.
         diagnostics_loader: held-out data of past tasks, to check the estimate against: a loader for all tasks, or a
             function ``task -> loader`` (or ``None``). The outputs on it are kept with the task.
@@ -116,22 +118,26 @@ class FunctionSpaceRegularizer(Callback):
         diagnostics_loader: Loaders | None = None,
         log_every_n_steps: int = 50,
         seed: int = 0,
-        memory_file: str | None = None,
+        memory_file: str | Path | None = None,
         estimator_options: dict[str, Any] | None = None,
     ) -> None:
-        if not (weight >= 0 and math.isfinite(weight)):
-            raise ValueError(f"weight must be finite and at least 0; got {weight}.")
-        if fit_at not in ("fit_end", "manual"):
-            raise ValueError(f"fit_at must be 'fit_end' or 'manual'; got {fit_at!r}.")
-        if consolidate not in ("all", "last", "merge"):
-            raise ValueError(f"consolidate must be 'all', 'last' or 'merge'; got {consolidate!r}.")
-        if heads is not None and not callable(heads) and not isinstance(heads, Sequence):
-            raise ValueError(f"heads must be a function of the task or a list with an entry per task; got {heads!r}.")
-        if log_every_n_steps < 1:
-            raise ValueError(f"log_every_n_steps must be at least 1; got {log_every_n_steps}.")
+        check_number("weight", weight, 0, whole=False)
+        check_number("log_every_n_steps", log_every_n_steps, 1)
+        check_number("seed", seed, 0)
+        check_choice("fit_at", fit_at, ("fit_end", "manual"))
+        check_choice("consolidate", consolidate, ("all", "last", "merge"))
+        check_choice("average_over_tasks", average_over_tasks, (True, False))
+        check_choice("add_to_loss", add_to_loss, (True, False))
+        check_readers(forward=forward, inputs=inputs, target=target)
+        check_heads(heads)
+        if not isinstance(memory_file, str | Path | None):
+            raise ValueError(f"memory_file must be a path; got {memory_file!r}.")
+        if not isinstance(estimator_options, dict | None):
+            raise ValueError(f"estimator_options must be a dict of arguments; got {estimator_options!r}.")
         self.weight, self.heads, self.average_over_tasks = weight, heads, average_over_tasks
         self.fit_at, self.consolidate, self.add_to_loss = fit_at, consolidate, add_to_loss
-        self.log_every_n_steps, self.seed, self.memory_file = log_every_n_steps, seed, memory_file
+        self.log_every_n_steps, self.seed = log_every_n_steps, seed
+        self.memory_file = None if memory_file is None else str(memory_file)
         self.epochs_per_task = epochs_per_task
         self._rotation = None if epochs_per_task is None else Rotation(epochs_per_task)
         self.current_task: int | None = None

@@ -370,5 +370,5 @@ def test_in_one_fit_needs_tasks_and_fresh_loaders():
         train(seeded_net(), [callback], loader(), max_epochs=6)
     with pytest.raises(MisconfigurationException, match="epoch 0 belongs to task 0, and the data module is at 1"):
         train(seeded_net(), [callback], continual(task=1), **IN_ONE)
-    with pytest.raises(ValueError, match="epochs_per_task must be at least 1; got 0"):
+    with pytest.raises(ValueError, match="epochs_per_task must be a whole number, at least 1; got 0"):
         FunctionSpaceRegularizer(Anchor(), epochs_per_task=0)
