@@ -6,6 +6,7 @@ from lightning_ext.callbacks.influence import TracInCallback
 from lightning_ext.callbacks.influence_curvature import CurvatureCollector
 from lightning_ext.callbacks.laftr import FunctionSpaceRegularizer
 from lightning_ext.callbacks.mrvae import KLSchedule, RateDistortionCallback
+from lightning_ext.callbacks.mutual_information import MutualInformationCallback
 
 __all__ = [
     "APOLearningRate",
@@ -14,6 +15,7 @@ __all__ = [
     "FunctionSpaceRegularizer",
     "HypergradientLR",
     "KLSchedule",
+    "MutualInformationCallback",
     "RateDistortionCallback",
     "TracInCallback",
 ]

@@ -10,6 +10,7 @@ from lightning_ext.modules.mrvae import AtBeta, MultiRateMixin, MultiRateVAE
 from lightning_ext.modules.mrvae_base import BaseVAE, RateDistortion
 from lightning_ext.modules.mrvae_baselines import GECOVAE, BetaVAE, FreeBitsVAE, SigmaVAE
 from lightning_ext.modules.mrvae_noise import AddressedNoise
+from lightning_ext.modules.mutual_information_sandwich import MutualInformationMeasurement, measure_mutual_information
 
 __all__ = [
     "GECOVAE",
@@ -25,8 +26,10 @@ __all__ = [
     "LAFTRInfluence",
     "MultiRateMixin",
     "MultiRateVAE",
+    "MutualInformationMeasurement",
     "PBRFModule",
     "RateDistortion",
     "ResponseModule",
     "SigmaVAE",
+    "measure_mutual_information",
 ]

@@ -30,7 +30,7 @@ from lightning_ext.nn.mutual_information import (
     Proposal,
     check_deterministic,
 )
-from lightning_ext.nn.mutual_information_adapters import latent_model_from_multi_rate_vae, latent_model_from_pythae
+from lightning_ext.nn.mutual_information_adapters import latent_model_from_pythae, latent_model_from_vae
 from lightning_ext.nn.mutual_information_known import FiniteModel, LinearGaussianModel
 
 __all__ = [
@@ -70,8 +70,8 @@ __all__ = [
     "dry_run",
     "fold",
     "function_space_estimator",
-    "latent_model_from_multi_rate_vae",
     "latent_model_from_pythae",
+    "latent_model_from_vae",
     "posterior_parameters",
     "reconstruction_parameters",
 ]

@@ -72,6 +72,11 @@ class LatentModel(nn.Module):
         self.latent_dim = latent_dim
 
     @property
+    def device(self) -> torch.device:
+        """Where its samples live."""
+        return self._like().device
+
+    @property
     def prior(self) -> Callable[[Tensor], Tensor]:
         r""":math:`\log p(z)`, ``(..., d)`` to ``(...)``, normalised; one with a ``gradient`` needs no autograd."""
         return DiagonalGaussian(0.0, 1.0)

@@ -5,19 +5,21 @@ from typing import Any
 
 from lightning_ext.nn.mutual_information import BernoulliDecoderModel, GaussianDecoderModel, LatentModel
 
-__all__ = ["latent_model_from_multi_rate_vae", "latent_model_from_pythae"]
+__all__ = ["latent_model_from_pythae", "latent_model_from_vae"]
 
 
-def latent_model_from_multi_rate_vae(module: Any, beta: float, variance: float | None = None) -> LatentModel:
-    r"""A :class:`~lightning_ext.modules.MultiRateVAE` at one rate, with its networks folded.
+def latent_model_from_vae(module: Any, beta: float | None = None, variance: float | None = None) -> LatentModel:
+    r"""A VAE of this library, such as :class:`~lightning_ext.modules.BetaVAE`; a multi-rate one with its gates folded.
 
     Its Bernoulli distortions are likelihoods. A Gaussian one has a variance that only :math:`\beta` decides: training
-    at :math:`\beta` is training with the variance :math:`\beta` (twice that of ``"sse"``: :math:`\beta / 2`), which is
-    the default here.
+    at :math:`\beta` is training with the variance :math:`\beta` (of ``"sse"``: :math:`\beta / 2`), which is the default
+    here.
 
     Args:
-        module: the module, or another with ``fold``, ``distortion``, ``objective`` and ``latent_dim``.
-        beta: within its range.
+        module: with ``encoder``, ``decoder``, ``distortion``, ``objective`` and ``latent_dim``. Networks are shared,
+            but those of a multi-rate one are copies at one rate.
+        beta: the rate of a :class:`~lightning_ext.modules.MultiRateVAE`, within its range. Default: 1, or what a
+            single-rate module was trained with.
         variance: of the pixels, for Gaussian distortions alone.
 
     Raises:
@@ -25,8 +27,10 @@ def latent_model_from_multi_rate_vae(module: Any, beta: float, variance: float |
     """
     if module.objective == "hierarchical" or module.latent_dim is None:
         raise ValueError("a hierarchical VAE has no single latent vector whose information could be measured.")
-    networks, latents = module.fold(beta), module.latent_dim
-    decoder, encoder = networks["decoder"], networks["encoder"]
+    own = getattr(module, "beta", None)
+    beta = beta if beta is not None else float(own) if isinstance(own, int | float) else 1.0
+    networks = module.fold(beta) if hasattr(module, "fold") else vars(module)["_modules"]
+    decoder, encoder, latents = networks["decoder"], networks["encoder"], module.latent_dim
     if module.distortion in ("bernoulli", "bernoulli_logits"):
         if variance is not None:
             raise ValueError(f"variance has no meaning with distortion={module.distortion!r}.")

@@ -12,8 +12,8 @@ from lightning_ext.nn import (
     GaussianDecoderModel,
     MLPDecoder,
     MLPEncoder,
-    latent_model_from_multi_rate_vae,
     latent_model_from_pythae,
+    latent_model_from_vae,
 )
 
 
@@ -31,7 +31,7 @@ def multi_rate(distortion, **options):
 @torch.no_grad()
 def test_a_multi_rate_vae_at_one_rate(distortion, variance):
     module = multi_rate(distortion)
-    model = latent_model_from_multi_rate_vae(module, 0.5)
+    model = latent_model_from_vae(module, 0.5)
     x, z = torch.rand(4, 9).round(), torch.randn(4, 2)
     with module.at(0.5):
         outputs, (mu, log_var) = module.decode(z), module.encode(x)
@@ -43,23 +43,23 @@ def test_a_multi_rate_vae_at_one_rate(distortion, variance):
         assert isinstance(model, BernoulliDecoderModel)
         torch.testing.assert_close(model.log_likelihood(x, z), -module._distortion(outputs, x))
         with pytest.raises(ValueError, match="variance has no meaning"):
-            latent_model_from_multi_rate_vae(module, 0.5, variance=1.0)
+            latent_model_from_vae(module, 0.5, variance=1.0)
         return
     assert isinstance(model, GaussianDecoderModel)
     assert model.log_var.exp().item() == pytest.approx(variance)
     # up to a constant the training's D / beta
     differences = model.log_likelihood(x, z) + module._distortion(outputs, x) / 0.5
     torch.testing.assert_close(differences, differences[:1].expand(4))
-    assert latent_model_from_multi_rate_vae(module, 0.5, variance=2.0).log_var.item() == pytest.approx(math.log(2))
+    assert latent_model_from_vae(module, 0.5, variance=2.0).log_var.item() == pytest.approx(math.log(2))
 
 
 def test_distortions_that_are_no_density_are_refused():
     module = multi_rate(lambda reconstruction, x: (reconstruction - x).abs().sum(1))
     with pytest.raises(ValueError, match="no density that is known here"):
-        latent_model_from_multi_rate_vae(module, 0.5)
+        latent_model_from_vae(module, 0.5)
     module.latent_dim = None
     with pytest.raises(ValueError, match="no single latent vector"):
-        latent_model_from_multi_rate_vae(module, 0.5)
+        latent_model_from_vae(module, 0.5)
 
 
 @pytest.mark.parametrize("loss", ["mse", "bce"])

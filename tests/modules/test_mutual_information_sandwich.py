@@ -1,0 +1,157 @@
+"""The information of models where it is known lies between the bounds, on one rank and on two."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_ext.functional import finite_joint_information, linear_gaussian_information
+from lightning_ext.modules import measure_mutual_information
+from lightning_ext.nn import FiniteModel, GaussianDecoderModel, LinearGaussianModel, MLPDecoder, MLPEncoder
+from lightning_ext.testing import run_ddp
+
+JOINT = torch.tensor([[0.30, 0.05, 0.05], [0.05, 0.25, 0.10], [0.02, 0.08, 0.10]])
+
+
+def linear(dtype=torch.float32):
+    weight = torch.randn(8, 3, generator=torch.Generator().manual_seed(5), dtype=dtype)
+    return LinearGaussianModel(weight, torch.ones(8, dtype=dtype), 0.5)
+
+
+def decoder(encoder=True):
+    torch.manual_seed(0)
+    nets = MLPDecoder(2, [16], [9]), MLPEncoder([9], [16], 2) if encoder else None
+    return GaussianDecoderModel(nets[0], -2.0, 2, encoder=nets[1]).eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("schedule", ["sigmoid", "linear"])
+def test_known_information_lies_between(dtype, schedule):
+    model = linear(dtype)
+    truth = linear_gaussian_information(model.weight, 0.5).item()
+    values = measure_mutual_information(
+        model, num_points=1000, num_samples=500, num_chains=8, num_steps=60, schedule=schedule, seed=1
+    ).values
+    for bound in ("iwae", "ais"):
+        lower, upper = (values[f"{bound}/{side}"].item() for side in ("lower", "upper"))
+        assert lower - 3 * values[f"{bound}/lower_stderr"] < truth < upper + 3 * values[f"{bound}/upper_stderr"]
+        assert lower < upper
+        assert values[f"{bound}/gap"].item() == pytest.approx(upper - lower, rel=1e-6)
+        assert values[f"{bound}/gap_stderr"] < values[f"{bound}/upper_stderr"]  # pairs share their noise
+    assert values["iwae/lower"] <= math.log(500)
+    assert 0.4 < values["ais/accept"] < 0.98
+    assert values["ais/divergent"] < 0.01
+    assert 1 <= values["ais/ess"] <= 8
+
+
+def test_from_the_exact_posterior_nothing_is_left_to_bound():
+    model = linear(torch.float64)
+    values = measure_mutual_information(model, num_points=200, num_samples=3, num_steps=4, proposal="model").values
+    for bound in ("iwae", "ais"):
+        assert values[f"{bound}/gap"].abs() < 1e-9
+    truth = linear_gaussian_information(model.weight, 0.5).item()
+    assert values["ais/lower"].item() == pytest.approx(truth, abs=4 * values["ais/lower_stderr"].item())
+
+
+def test_integer_latents_have_samples_alone():
+    model = FiniteModel(JOINT)
+    values = measure_mutual_information(model, bounds=["iwae"], num_points=5000, num_samples=50).values
+    truth = finite_joint_information(JOINT).item()
+    assert values["iwae/lower"] - 0.03 < truth < values["iwae/upper"] + 0.03
+    assert values["iwae/gap"] < 0.03
+    with pytest.raises(ValueError, match=r"latents are integers.*bounds=\('iwae',\)"):
+        measure_mutual_information(model)
+
+
+def test_it_repeats_leaves_random_states_alone_and_runs_in_inference_mode():
+    model = decoder()
+    options = {"num_points": 6, "num_samples": 10, "num_chains": 3, "num_steps": 4, "num_leapfrog": 2}
+    torch.manual_seed(7)
+    state = torch.random.get_rng_state()
+    first = measure_mutual_information(model, **options).values
+    with torch.inference_mode():
+        second = measure_mutual_information(model, **options).values
+    with torch.autocast("cpu", torch.bfloat16):
+        third = measure_mutual_information(model, **options).values
+    assert torch.equal(torch.random.get_rng_state(), state)
+    for other in (second, third):
+        assert all(torch.equal(first[name], other[name]) for name in first)
+    assert measure_mutual_information(model, seed=1, **options).values["ais/lower"] != first["ais/lower"]
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_chunks_take_less_memory_and_measure_the_same_thing():
+    options = {"num_points": 300, "num_chains": 8, "num_steps": 40, "bounds": ["ais"]}
+    whole, pieces = (measure_mutual_information(linear(), chunk_size=size, **options).values for size in (None, 3))
+    for side in ("lower", "upper"):
+        assert whole[f"ais/{side}"].item() == pytest.approx(pieces[f"ais/{side}"].item(), abs=0.3)
+        assert whole[f"ais/{side}"] != pieces[f"ais/{side}"]
+
+
+def _on_two_ranks(rank):
+    options = {"num_points": 401, "num_samples": 200, "num_chains": 4, "num_steps": 30}
+    return {name: value.item() for name, value in measure_mutual_information(linear(), **options).values.items()}
+
+
+def test_two_ranks_share_the_pairs():
+    first, second = run_ddp(_on_two_ranks)
+    assert first == second
+    assert first["ais/count"] == first["iwae/count"] == 401
+    truth = linear_gaussian_information(linear().weight, 0.5).item()
+    assert first["ais/lower"] - 0.3 < truth < first["ais/upper"] + 0.3
+
+
+def test_the_picture():
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+    found = measure_mutual_information(linear(), num_points=20, num_samples=5, num_chains=2, num_steps=4)
+    figure, axes = found.plot(truth=4.3)
+    assert [label.get_text() for label in axes.get_yticklabels()]
+    matplotlib.pyplot.close(figure)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bounds": []}, "bounds must be some of 'iwae', 'ais'; got"),
+        ({"bounds": ["mine"]}, "bounds must be some of"),
+        ({"bounds": "ais"}, "bounds must be some of"),
+        ({"bounds": ["ais", "ais"]}, "bounds must be some of"),
+        ({"num_points": 0}, "num_points must be at least 1; got 0"),
+        ({"num_chains": 0}, "num_chains must be at least 1"),
+        ({"num_steps": 0}, "num_steps must be at least 1"),
+        ({"num_samples": -1}, "num_samples must be at least 1"),
+        ({"chunk_size": 0}, "chunk_size must be at least 1, or None"),
+        ({"schedule": "cosine"}, "schedule must be 'sigmoid' or 'linear'; got 'cosine'"),
+        ({"proposal": "encoder"}, "proposal must be 'prior' or 'model'"),
+        ({"delta": 0.0}, "delta must be positive"),
+        ({"target_accept": 1.0}, "target_accept must be between 0 and 1"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        measure_mutual_information(linear(), **options)
+
+
+def test_models_without_a_fixed_density_or_a_proposal_are_refused():
+    noisy = GaussianDecoderModel(nn.Sequential(nn.Linear(2, 3), nn.Dropout(0.5)), 0.0, 2)
+    with pytest.raises(ValueError, match=r"decoder.1 \(Dropout\) is in training mode"):
+        measure_mutual_information(noisy)
+    with pytest.raises(ValueError, match="proposal='model' needs one, and this GaussianDecoderModel has none"):
+        measure_mutual_information(decoder(encoder=False), proposal="model")
+
+
+def test_a_decoder_that_is_no_number_far_out_is_survived_or_named():
+    class Cliff(nn.Module):
+        def forward(self, z):
+            return torch.where(z.abs() > self.edge, torch.nan, z)
+
+    cliff = Cliff()
+    model = GaussianDecoderModel(cliff, -3.0, 2).eval()
+    cliff.edge = 6.0  # beyond the prior's samples, within a leap's reach
+    values = measure_mutual_information(model, num_points=20, num_chains=4, num_steps=10, num_samples=20).values
+    assert all(value.isfinite() for value in values.values())
+    cliff.edge = 1.0
+    with pytest.raises(ValueError, match=r"NaN|not finite"):
+        measure_mutual_information(model, num_points=20, num_steps=4)
