@@ -153,6 +153,8 @@ from lightning_ext.functional.mutual_information import (
     ibal_certified,
     ibal_forward,
     iwae_bound,
+    structured_infonce,
+    structured_infonce_upper,
 )
 from lightning_ext.functional.mutual_information_critic import (
     club_estimate,
@@ -392,6 +394,8 @@ __all__ = [
     "squared_error_distortion",
     "standardize_beta",
     "stratified_uniform",
+    "structured_infonce",
+    "structured_infonce_upper",
     "theorem1_gates",
     "topk_overlap",
     "total_correlation_terms",

@@ -8,6 +8,7 @@ named by the information's side. Values are those of single data points, so that
 Source: Brekelmans, Huang, Ghassemi, Ver Steeg, Grosse & Makhzani 2022 (arXiv:2303.06992), unless stated otherwise.
 """
 
+import math
 from typing import Literal, get_args
 
 import torch
@@ -25,6 +26,8 @@ __all__ = [
     "ibal_certified",
     "ibal_forward",
     "iwae_bound",
+    "structured_infonce",
+    "structured_infonce_upper",
 ]
 
 Scheme = Literal["single", "independent", "independent_reverse", "coupled_reverse"]
@@ -125,6 +128,58 @@ def iwae_bound(log_likelihood: Tensor, log_weights: Tensor) -> Tensor:
     return log_likelihood - log_mean_exp(log_weights)
 
 
+def structured_infonce(scores: Tensor) -> Tensor:
+    r"""Lower bound from the likelihood and samples of the prior, whose density is not needed.
+
+    .. math:: \log \frac{p(x_b \mid z_{1b})}{\frac1K \sum_{k=1}^{K} p(x_b \mid z_{kb})} \le \log K
+
+    Args:
+        scores: :math:`\log p(x_b \mid z_{kb})`, ``(K, B)``: the joint sample first, the others from :math:`p(z)`. Any
+            function of x may be added.
+
+    Returns:
+        ``(B,)``, in nats, at most :math:`\log K` each; minus infinity where the first is.
+
+    Raises:
+        ValueError: If shapes do not fit.
+
+    >>> structured_infonce(torch.tensor([[0.0], [-torch.inf]]))  # log K
+    tensor([0.6931])
+    """
+    _samples(scores.shape[-1] if scores.ndim else 0, scores=scores)
+    return contrast(scores[0], scores, 0)
+
+
+def structured_infonce_upper(log_likelihood: Tensor, scores: Tensor) -> Tensor:
+    r"""Upper bound from the likelihood and samples of the prior alone: :func:`iwae_bound` with the prior as q.
+
+    Args:
+        log_likelihood: :math:`C_b` of joint samples, ``(B,)``.
+        scores: :math:`\log p(x_b \mid z_{kb})` with all :math:`z_k` from :math:`p(z)`, ``(K, B)``.
+
+    Returns:
+        ``(B,)``, in nats; plus infinity where no sample explains x.
+
+    Raises:
+        ValueError: If shapes do not fit.
+
+    >>> structured_infonce_upper(torch.tensor([0.0]), torch.tensor([[-1.0], [-1.0]]))
+    tensor([1.])
+    """
+    _samples(_points(log_likelihood=log_likelihood), scores=scores)
+    return log_likelihood - log_mean_exp(scores)
+
+
+def contrast(positive: Tensor, scores: Tensor, dim: int) -> Tensor:
+    """Positive scores less the log-mean-exp of all along ``dim``, the positive among them: never above its log K.
+
+    Differences come first: rounding of large scores would break the cap, and minus infinities would leave NaN.
+    """
+    excluded = positive == -torch.inf
+    centred = torch.where(excluded.unsqueeze(dim), 0.0, scores - positive.unsqueeze(dim))
+    return torch.where(excluded, -torch.inf, -log_mean_exp(centred, dim))
+
+
 def giwae_lower(log_q: Tensor, log_prior: Tensor, critic: Tensor) -> Tensor:
     r"""GIWAE: what a critic adds to the Barber-Agakov bound, where :math:`p(x \mid z)` is not known.
 
@@ -150,7 +205,7 @@ def giwae_lower(log_q: Tensor, log_prior: Tensor, critic: Tensor) -> Tensor:
     tensor([1.])
     """
     _samples(_points(log_q=log_q, log_prior=log_prior), critic=critic)
-    return log_q - log_prior + critic[0] - log_mean_exp(critic)
+    return log_q - log_prior + contrast(critic[0], critic, 0)
 
 
 def giwae_upper(log_likelihood: Tensor, log_weights: Tensor, critic: Tensor) -> Tensor:
@@ -174,9 +229,9 @@ def giwae_upper(log_likelihood: Tensor, log_weights: Tensor, critic: Tensor) -> 
     """
     _samples(_points(log_likelihood=log_likelihood), log_weights=log_weights, critic=critic)
     log_p = critic.log_softmax(0)
-    p = log_p.exp()
-    scaled = log_weights - log_p - torch.log(p.new_tensor(len(p)))
-    return log_likelihood - torch.where(p > 0, p * scaled, 0.0).sum(0)
+    eligible = log_p > -torch.inf  # masked before the product, so that gradients are finite as well
+    scaled = torch.where(eligible, log_weights, 0.0) - torch.where(eligible, log_p, 0.0)
+    return log_likelihood + math.log(len(critic)) - (log_p.exp() * scaled).sum(0)
 
 
 def ibal_certified(log_q: Tensor, log_prior: Tensor, critic: Tensor, reverse_log_weights: Tensor) -> Tensor:

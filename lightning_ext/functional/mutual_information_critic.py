@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_ext.functional.log_mean_exp import log_mean_exp
+from lightning_ext.functional.mutual_information import contrast
 
 __all__ = [
     "club_estimate",
@@ -33,11 +34,16 @@ def _require_square(scores: Tensor, least: int = 1) -> None:
         )
 
 
-def _require_samples(joint: Tensor, marginal: Tensor) -> None:
+def _require_samples(joint: Tensor, marginal: Tensor, ba_term: Tensor | float = 0.0) -> None:
     if joint.ndim != 1 or not joint.numel() or not marginal.numel():
         raise ValueError(
             f"there must be scores of joint pairs, (B,), and of independent ones; got {tuple(joint.shape)} and "
             f"{tuple(marginal.shape)}."
+        )
+    if isinstance(ba_term, Tensor) and ba_term.ndim and ba_term.shape != joint.shape:
+        raise ValueError(
+            f"ba_term must have one number per joint pair, {tuple(joint.shape)}, or be a number; got "
+            f"{tuple(ba_term.shape)}."
         )
 
 
@@ -67,12 +73,12 @@ def infonce(scores: Tensor, layout: Literal["slots", "in_batch"] = "in_batch") -
     """
     if layout == "in_batch":
         _require_square(scores)
-        return scores.diagonal() - log_mean_exp(scores, 1)
+        return contrast(scores.diagonal(), scores, 1)
     if layout != "slots":
         raise ValueError(f"layout must be 'slots' or 'in_batch'; got {layout!r}.")
     if scores.ndim != 2 or not len(scores):
         raise ValueError(f"scores must be (K, B) with K >= 1, the joint sample first; got {tuple(scores.shape)}.")
-    return scores[0] - log_mean_exp(scores)
+    return contrast(scores[0], scores, 0)
 
 
 def donsker_varadhan_estimate(joint: Tensor, marginal: Tensor, ba_term: Tensor | float = 0.0) -> Tensor:
@@ -96,7 +102,7 @@ def donsker_varadhan_estimate(joint: Tensor, marginal: Tensor, ba_term: Tensor |
 
     Source: Donsker & Varadhan 1983; Belghazi et al. 2018 (arXiv:1801.04062).
     """
-    _require_samples(joint, marginal)
+    _require_samples(joint, marginal, ba_term)
     return (joint + ba_term).mean() - log_mean_exp(marginal.flatten())
 
 
@@ -121,7 +127,7 @@ def nwj_estimate(joint: Tensor, marginal: Tensor, ba_term: Tensor | float = 0.0)
 
     Source: Nguyen, Wainwright & Jordan 2010 (arXiv:0809.0853).
     """
-    _require_samples(joint, marginal)
+    _require_samples(joint, marginal, ba_term)
     return (joint + ba_term).mean() + 1 - marginal.exp().mean()
 
 

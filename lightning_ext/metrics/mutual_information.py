@@ -11,6 +11,8 @@ from lightning_ext.functional import (
     giwae_lower,
     giwae_upper,
     iwae_bound,
+    structured_infonce,
+    structured_infonce_upper,
 )
 from lightning_ext.metrics._per_datum import SidedMean, require_finite, with_first_row
 
@@ -208,7 +210,7 @@ class StructuredInfoNCE(SidedMean):
             (log_likelihood,) = self.widened(log_likelihood=log_likelihood)
         rows = with_first_row(scores, log_likelihood, ("scores", "log_likelihood"))
         require_finite(name, log_likelihood)
-        self.add_sides(lower=iwae_bound(log_likelihood, rows), upper=iwae_bound(log_likelihood, scores))
+        self.add_sides(lower=structured_infonce(rows), upper=structured_infonce_upper(log_likelihood, scores))
 
 
 class GIWAEBound(SidedMean):

@@ -17,6 +17,8 @@ from lightning_ext.functional import (
     ibal_forward,
     iwae_bound,
     linear_schedule,
+    structured_infonce,
+    structured_infonce_upper,
 )
 
 F64 = torch.float64
@@ -72,9 +74,9 @@ def test_the_enumerated_table(num):
     found += [expected(giwae_upper(scale, log_weights(Q)[x, z], T[x, z]), probability)]
     x, z, probability = outcomes(POSTERIOR, *[PRIOR] * (num - 1))
     found += [expected(giwae_lower(P_Z.log()[z[0]], P_Z.log()[z[0]], T[x, z]), probability)]
-    found += [expected(iwae_bound(LIKELIHOOD[x, z[0]], LIKELIHOOD[x, z]), probability)]
+    found += [expected(structured_infonce(LIKELIHOOD[x, z]), probability)]
     x, z, probability, scale = upper_side(PRIOR, num)
-    found += [expected(iwae_bound(scale, LIKELIHOOD[x, z]), probability)]
+    found += [expected(structured_infonce_upper(scale, LIKELIHOOD[x, z]), probability)]
     assert found == pytest.approx(TABLE[num], abs=6e-9)
     assert pytest.approx(0.2391079865, abs=1e-10) == INFORMATION
 
@@ -219,6 +221,33 @@ def test_what_is_certified_is_below_the_information_for_any_critic(seed):
     assert total <= INFORMATION + 1e-12
 
 
+def test_caps_survive_scores_of_ten_million_in_single_precision():
+    scores = 1e7 * torch.randn(8, 1000, generator=torch.Generator().manual_seed(0))
+    zeros = torch.zeros(1000)
+    assert structured_infonce(scores).max() <= torch.tensor(math.log(8))
+    assert giwae_lower(zeros, zeros, scores).max() <= torch.tensor(math.log(8))
+
+
+def test_a_positive_that_is_excluded_is_minus_infinity_and_its_neighbours_keep_gradients():
+    scores = torch.tensor([[-torch.inf, -torch.inf, 0.0], [-torch.inf, 0.0, 0.0]], requires_grad=True)
+    for bound in (structured_infonce(scores), giwae_lower(torch.zeros(3), torch.zeros(3), scores)):
+        assert bound.tolist() == [-torch.inf, -torch.inf, 0.0]
+        (gradient,) = torch.autograd.grad(bound[2], scores)
+        assert gradient.tolist() == [[0.0, 0.0, 0.5], [0.0, 0.0, -0.5]]
+
+
+def test_a_sample_that_is_never_chosen_leaves_finite_gradients():
+    weights = torch.tensor([[0.5], [1.0], [-torch.inf]], dtype=F64, requires_grad=True)
+    critic = torch.tensor([[0.3], [0.1], [-torch.inf]], dtype=F64, requires_grad=True)
+    value = giwae_upper(torch.zeros(1, dtype=F64), weights, critic)
+    pair = giwae_upper(torch.zeros(1, dtype=F64), weights[:2], critic[:2])
+    torch.testing.assert_close(value, pair + math.log(3 / 2))
+    for ours, alone in zip(
+        torch.autograd.grad(value, (weights, critic)), torch.autograd.grad(pair, (weights, critic)), strict=True
+    ):
+        torch.testing.assert_close(ours, alone)
+
+
 def test_infinite_bounds_are_infinite():
     scale, nothing = torch.zeros(2), torch.full((3, 2), -torch.inf)
     assert iwae_bound(scale, nothing).tolist() == [torch.inf] * 2
@@ -244,6 +273,9 @@ def test_shapes_that_would_broadcast_are_refused():
         lambda: iwae_bound(vector, torch.zeros(2, 1)),
         lambda: iwae_bound(vector, torch.zeros(0, 3)),
         lambda: iwae_bound(vector, vector),
+        lambda: structured_infonce(vector),
+        lambda: structured_infonce(torch.zeros(0, 3)),
+        lambda: structured_infonce_upper(vector, torch.zeros(2, 1)),
         lambda: giwae_lower(vector, vector, torch.zeros(3, 2)),
         lambda: giwae_upper(vector, table, torch.zeros(1, 3)),
         lambda: ibal_certified(vector, vector, vector, torch.zeros(2, 4)),

@@ -65,6 +65,13 @@ def test_in_batch_scores_are_normalised_over_z():
     assert infonce(100 * torch.eye(6, dtype=F64)).max() <= math.log(6)
 
 
+def test_rounding_does_not_break_the_cap_and_excluded_pairs_are_no_nan():
+    scores = 1e7 * torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
+    assert infonce(scores).max() <= torch.tensor(math.log(8))
+    assert infonce(scores, "slots").max() <= torch.tensor(math.log(8))
+    assert infonce(torch.tensor([[-torch.inf, -torch.inf], [0.0, 0.0]])).tolist() == [-torch.inf, 0.0]
+
+
 def test_a_constant_drops_out_of_donsker_varadhan_alone():
     torch.manual_seed(0)
     joint, marginal = torch.randn(50, dtype=F64), torch.randn(9, 50, dtype=F64)
@@ -141,6 +148,9 @@ def test_what_does_not_fit_is_refused():
             call(torch.zeros(0), torch.zeros(3))
         with pytest.raises(ValueError, match=r"scores of joint pairs, \(B,\)"):
             call(torch.zeros(3, 3), torch.zeros(3))
+    for call in (donsker_varadhan_estimate, nwj_estimate):
+        with pytest.raises(ValueError, match=r"ba_term must have one number per joint pair, \(3,\).*got \(3, 1\)"):
+            call(torch.zeros(3), torch.zeros(5), torch.zeros(3, 1))
     with pytest.raises(ValueError, match="clip must be positive"):
         smile_estimate(torch.zeros(3), torch.zeros(3), 0.0)
     with pytest.raises(ValueError, match="decay must be"):
