@@ -24,8 +24,8 @@ COLOURS = {
 }  # fmt: skip
 MARKERS = dict(zip(("warm-start", "proximity", "non-convergence", "linearization", "solver"), "osD^v", strict=True))
 DASHES = {"PBRF": (0, (5, 1.5)), "training loss": (0, (1.5, 1)), "gradient norm": (0, (6, 1.5, 1.5, 1.5))}
-LABELS = {"linearization": "linearisation"}
 RESPONSES = {"cold": "Cold start", "warm": "Warm start", "pbrf": "PBRF"}
+UNITS = {"digits": "nats", "diabetes": "squared error of standardized targets"}
 STYLE: dict[str, Any] = {
     **PAGE_STYLE,
     "axes.edgecolor": PALE,
@@ -61,7 +61,7 @@ def gaps(results: Mapping[str, Sequence[Any]]) -> Figure:
                 axes.bar(place, statistics.fmean(values), width=0.66, color=COLOURS[gap], alpha=0.9)
                 spots = np.linspace(-0.12, 0.12, len(values)) if len(values) > 1 else [0.0]
                 axes.scatter(place + np.asarray(spots), values, s=14, color="#1d2733", zorder=3, lw=0)
-            axes.set_xticks(range(len(order)), [LABELS.get(gap, gap).replace("-", "-\n") for gap in order])
+            axes.set_xticks(range(len(order)), [gap.replace("-", "-\n") for gap in order])
             ratio = statistics.fmean(one.ratio() for one in found)
             axes.set_title(f"{name.capitalize()}: the first three sum to {ratio:.0f} x the last two")
             _logarithmic(axes)
@@ -71,20 +71,22 @@ def gaps(results: Mapping[str, Sequence[Any]]) -> Figure:
 
 def scatter(results: Mapping[str, Sequence[Any]]) -> Figure:
     """Effect on the mean test loss against influence's prediction, one point per removal, each seed around its mean."""
-    with _grid(len(results), len(RESPONSES), (10.5, 3.6 * len(results))) as (figure, panels):
+    with _grid(len(results), len(RESPONSES), (10.5, 3.6 * len(results)), sharey="row") as (figure, panels):
         for row, (name, found) in zip(panels, results.items(), strict=True):
             for axes, (response, title) in zip(row, RESPONSES.items(), strict=True):
-                for one, marker in zip(found, "osD^vP*X" * len(found), strict=False):
+                for seed, (one, marker) in enumerate(zip(found, "osD^vP*X" * len(found), strict=False)):
                     x, y = (_thousandths(values.mean(1)) for values in (one.influence, one.measured[response]))
-                    axes.scatter(x, y, s=22, marker=marker, color=COLOURS["influence"], alpha=0.75, lw=0, zorder=3)
+                    axes.scatter(
+                        x, y, s=22, marker=marker, color=COLOURS["influence"], alpha=0.75, lw=0, zorder=3,
+                        label=f"seed {seed}",
+                    )  # fmt: skip
                 mean = statistics.fmean(one.correlations[response]["pearson"] for one in found)
                 axes.axline((0, 0), slope=1, color=PALE, lw=1.2, ls=(0, (4, 3)), zorder=1, label="equal")
                 axes.set_title(f"{title}, {name}: r = {mean:.2f}")  # per test point, as the table has it
                 axes.margins(0.08)
-            row[0].set_ylabel("actual effect on test loss, $10^{-3}$")
-        panels[0][0].legend(loc="lower right")
-        for axes in panels[-1]:
-            axes.set_xlabel("effect predicted by influence, $10^{-3}$")
+                axes.set_xlabel("predicted by influence")
+            row[0].set_ylabel(f"actual effect on test loss,\n$10^{{-3}}$ {UNITS.get(name, '')}".rstrip())
+        figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(found) + 1)
     return figure
 
 
@@ -101,7 +103,7 @@ def factors(part: Any, seeds: Sequence[int]) -> Figure:
                 runs = [[part.at(factor, value, seed)[gap] for value in values] for seed in seeds]
                 columns = list(zip(*runs, strict=True))
                 means = [statistics.fmean(column) for column in columns]
-                axes.plot(places, means, color=COLOURS[gap], marker=marker, ms=5.5, label=LABELS.get(gap, gap))
+                axes.plot(places, means, color=COLOURS[gap], marker=marker, ms=5.5, label=gap)
                 low, high = [min(column) for column in columns], [max(column) for column in columns]
                 axes.fill_between(places, low, high, color=COLOURS[gap], alpha=0.15, lw=0)
             axes.set_xticks(list(places), [_short(value) for value in values])
@@ -145,7 +147,7 @@ def _interpolated(value: Mapping[str, Tensor], at: np.ndarray) -> np.ndarray:
 
 
 def subsets(removed: Mapping[str, Sequence[Any]], lds: Sequence[Mapping[str, float]], part: Any) -> Figure:
-    """Rise of the test loss against the share removed, with standard errors; and linear datamodelling scores."""
+    """Rise of the test loss against the share removed, with standard errors; and linear datamodeling scores."""
     with _grid(1, len(removed) + 1, (12.5, 4.2)) as (figure, panels):
         *left, right = panels[0]
         for axes, (name, results) in zip(left, removed.items(), strict=True):
@@ -168,5 +170,5 @@ def subsets(removed: Mapping[str, Sequence[Any]], lds: Sequence[Mapping[str, flo
             right.scatter([place] * len(values), values, s=14, color="#1d2733", zorder=3, lw=0)
         right.set_xticks(range(len(lds[0])), [name.replace(" ", "\n") for name in lds[0]])
         right.grid(axis="x", visible=False)
-        right.set_title("Digits: linear datamodelling score")
+        right.set_title("Digits: linear datamodeling score")
     return figure

@@ -97,7 +97,7 @@ def beyond_random(results: Sequence[Removed], ranking: str, share: float) -> tup
 
 @functools.cache
 def datamodeling(seed: int) -> dict[str, float]:
-    """Linear datamodelling scores on digits of what ``SOLVERS`` says, measured by the margin."""
+    """Linear datamodeling scores on digits of what ``SOLVERS`` says, measured by the margin."""
     with training.told(f"E8, seed {seed}"):
         base = training.trained(gaps.BASES["digits"], seed)
         objective = InfluenceObjective(base.task.loss, measurement="margin")
@@ -109,7 +109,7 @@ def datamodeling(seed: int) -> dict[str, float]:
 
 
 def score(base: Any, objective: InfluenceObjective, solver: str, masks: Tensor, outcomes: Tensor) -> float:
-    """The linear datamodelling score of one solver."""
+    """The linear datamodeling score of one solver."""
     metric = LinearDatamodelingScore(masks)
     metric.update(influence(base, objective, solver).scores(base.whole), outcomes)
     return float(metric.compute()["lds"])

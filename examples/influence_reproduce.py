@@ -14,7 +14,7 @@ E7. Everything else must hold on every seed.
 - E4: finding flipped labels.
 - E5: logistic regression, where retraining has one answer.
 - E7: removing the samples that influence calls most helpful, and training afresh.
-- E8: the linear datamodelling score: predicting networks trained on random halves.
+- E8: the linear datamodeling score: predicting networks trained on random halves.
 - F, only with ``--full --data DIR``: Concrete, Energy, MNIST, FashionMNIST and CIFAR-10 with the recipe of Grosse et
   al. 2023, arXiv 2308.03296, appendix C. For a GPU; F has not been run in full yet.
 
@@ -100,7 +100,7 @@ def decomposition_claims(seeds: Sequence[int]) -> Iterator[Claim]:
         yield Claim(
             f"{number} {name}: a change of question, not estimation error, separates influence from retraining",
             "three of five terms dominate; no figure at hand",
-            f"warm-start + proximity + non-convergence gap at least {least} x linearisation + solver error, outputs",
+            f"warm-start + proximity + non-convergence gap at least {least} x linearization + solver error, outputs",
             functools.partial(ratio, name, least),
         )
     yield Claim(
