@@ -9,6 +9,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
+from matplotlib.transforms import Bbox
 
 from lightning_ext.demo import PAGE_STYLE
 from lightning_ext.metrics import ContinualMetrics
@@ -88,10 +89,7 @@ def memory(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
             for axis in (axes.xaxis, axes.yaxis):
                 axis.set_minor_locator(NullLocator())
             axes.set_yticks(ERRORS, map(str, ERRORS))
-            _label(
-                axes,
-                [(_place(row), 1 - row["accuracy"], row["method"].replace("the same", "laftr-relu")) for row in rows],
-            )
+            axes.set_xlim(NOTHING / 1.5, 8 * max(map(_place, rows)))
         panels[0][0].set_ylabel("mean error on all tasks, after the last")
         present = {kind(row["method"]) for rows in results.values() for row in rows}
         handles = [
@@ -100,6 +98,9 @@ def memory(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
             if family in present
         ]
         figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+        figure.draw_without_rendering()  # the layout is done: places are those of the picture
+        for axes, rows in zip(panels[0], results.values(), strict=True):
+            _label(axes, rows)
     return figure
 
 
@@ -107,21 +108,46 @@ def _place(row: Mapping[str, Any]) -> float:
     return row["bytes"] / 1000 or NOTHING
 
 
-def _label(axes: Any, points: Sequence[tuple[float, float, str]]) -> None:
-    """Names beside their points, pushed apart where two would cover each other."""
-    heights = [y for _, y, _ in points]
-    step = (max(heights) / min(heights)) ** (1 / 22)
-    taken: list[tuple[float, float]] = []
-    for x, y, name in sorted(points, key=lambda point: -point[1]):
-        height = y
-        while any(abs(np.log10(x / other)) < 1.0 and height < step * at and at < step * height for other, at in taken):
-            height /= step**0.25
-        taken.append((x, height))
-        axes.annotate(
-            name, (x, y), (x * 1.15, height), fontsize=8.5, color=INK, va="center",
-            arrowprops={"arrowstyle": "-", "color": PALE, "lw": 0.6} if y / height > step**0.5 else None,
-        )  # fmt: skip
-    axes.set_xlim(NOTHING / 1.5, 8 * max(x for x, _, _ in points))
+# Where a name may stand, in points from its mark, and which of its sides is there; the nearest come first.
+OFFSETS = [
+    (reach * x, reach * y, side)
+    for reach in (9, 16, 26, 38, 52, 68)
+    for x, y, side in (
+        (1, 0, "left"), (-1, 0, "right"), (0.8, 0.8, "left"), (0.8, -0.8, "left"), (-0.8, 0.8, "right"),
+        (-0.8, -0.8, "right"), (0, 1.2, "center"), (0, -1.2, "center"),
+    )
+]  # fmt: skip
+
+
+def _label(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Names beside their marks, where they cover no other name, no mark and no error bar."""
+    frame = axes.get_window_extent()
+    taken = [_mark(axes, row) for row in rows]
+    for row in sorted(rows, key=lambda row: row["accuracy"]):
+        at = (_place(row), 1 - row["accuracy"])
+        for x, y, side in OFFSETS:
+            line = {"arrowstyle": "-", "color": PALE, "lw": 0.6, "shrinkB": 3}
+            name = axes.annotate(
+                row["method"].replace("the same", "laftr-relu"), at, (x, y), textcoords="offset points", fontsize=8.5,
+                color=INK, ha=side, va="center",
+                arrowprops=line if abs(x) + abs(y) > 20 else None,
+            )  # fmt: skip
+            name.get_window_extent()  # moves the text to where it will be drawn
+            box = mpl.text.Text.get_window_extent(name).padded(1)  # without its line
+            inside = box.x0 > frame.x0 and box.x1 < frame.x1 and box.y0 > frame.y0 and box.y1 < frame.y1
+            if (inside and box.count_overlaps(taken) == 0) or (x, y, side) == OFFSETS[-1]:
+                taken.append(box)
+                break
+            name.remove()
+
+
+def _mark(axes: Any, row: Mapping[str, Any]) -> Bbox:
+    """What a mark and its error bar cover."""
+    error, spread = 1 - row["accuracy"], row["std"] or 0.0
+    ends = axes.transData.transform([(_place(row), max(error - spread, ERRORS[0] / 10)), (_place(row), error + spread)])
+    centre = axes.transData.transform((_place(row), error))
+    reach = 5 * axes.figure.dpi / 72
+    return Bbox.union([Bbox(ends).padded(reach), Bbox([centre, centre]).padded(reach)])
 
 
 def matrices(part: Any, seed: int) -> Figure:

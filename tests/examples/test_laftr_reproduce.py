@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from matplotlib.text import Text
 
 import lightning_ext.reproduce as engine
 from lightning_ext._resources import UserError, load_script
@@ -329,6 +330,32 @@ def test_figures_show_the_numbers(script):
     panel = draw.removal([result], ["a"] * 6).axes[0]
     assert panel.collections[0].get_offsets().tolist() == [[3, 3], [1, 1], [2, 2]]
     assert panel.get_title("left") == "a: Spearman 1.00"
+
+
+def test_no_name_lies_on_another_or_on_a_mark(script):
+    """Eight methods of nearly the same error and bytes, as three variants of LAFTR are."""
+    draw = script._part("figures")
+    rows = [
+        {
+            "method": f"laftr-moments {i}",
+            "accuracy": 0.9 + 0.003 * i,
+            "std": 0.01 * (i % 3),
+            "bytes": 220_000 + 9000 * i,
+        }
+        for i in range(8)
+    ]
+    rows.append({"method": "fine-tuning", "accuracy": 0.5, "std": None, "bytes": 0})
+    figure = draw.memory({"five": rows})
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+
+    boxes = [Text.get_window_extent(text) for text in axes.texts]
+    assert len(boxes) == 9
+    assert all(one.count_overlaps(boxes) == 1 for one in boxes), "itself alone"
+    marks = [axes.transData.transform((draw._place(row), 1 - row["accuracy"])) for row in rows]
+    assert not any(box.contains(*mark) for box in boxes for mark in marks)
+    frame = axes.get_window_extent()
+    assert all(frame.x0 < box.x0 and box.x1 < frame.x1 and frame.y0 < box.y0 and box.y1 < frame.y1 for box in boxes)
 
 
 def test_every_method_has_a_family(script):
