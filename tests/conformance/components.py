@@ -35,6 +35,14 @@ def beta_vae() -> BetaVAE:
     return single(BetaVAE, beta=0.5)
 
 
+SHORT_CHAINS = {"num_points": 4, "num_samples": 5, "num_chains": 2, "num_steps": 3, "num_leapfrog": 2}
+
+
+def decoder_model(kind: Any, *chosen: Any) -> Any:
+    """A density of six numbers given two latents."""
+    return kind(nn.MLPDecoder(2, [5], [6]), *chosen, latent_dim=2)
+
+
 def multi_rate(**kwargs: Any) -> MultiRateVAE:
     return MultiRateVAE(*networks(), input_shape=[PIXELS], lr=0.01, **kwargs)
 

@@ -39,6 +39,12 @@ NOT_COMPONENTS = {
     "CIFARImages": "its files cannot be shipped; tests/data/test_cifar.py reads files that it writes",
     "CIFARLayout": "a description of a file format; tests/data/test_cifar.py reads both",
     "RowStore": "a file format; tests/data/test_row_store.py kills a writer and reopens its table",
+    "LatentModel": "abstract: GaussianDecoderModel and BernoulliDecoderModel are it",
+    "DistributionModel": "a LatentModel without parameters; tests/nn/test_mutual_information.py",
+    "FiniteModel": "a LatentModel without parameters; tests/nn/test_mutual_information_known.py",
+    "LinearGaussianModel": "a LatentModel without parameters; tests/nn/test_mutual_information_known.py",
+    "Proposal": "two functions; tests/nn/test_mutual_information.py draws from every kind",
+    "MutualInformationMeasurement": "a dataclass of tensors that measure_mutual_information returns",
     "RateConditioner": "abstract: RateGate, RateFiLM, LogVarianceGate, PosteriorGate and GatedFiLM are it",
 }
 
@@ -128,6 +134,17 @@ _CALLBACKS = [
         module=lambda: components.multi_rate(beta_range=(0.05, 2.0)),
         recipe="mrvae",
         not_finite=["mrvae/slope_error"],
+        **_VAE,
+    ),
+    Entry(
+        ["MutualInformationCallback"],
+        "callback-observer",
+        lambda: callbacks.MutualInformationCallback(**components.SHORT_CHAINS),
+        other=lambda: callbacks.MutualInformationCallback(bounds=["ais"], **components.SHORT_CHAINS),
+        module=components.beta_vae,
+        skip={
+            "cli_recipe": "its recipe comes with its card; tests/callbacks/test_mutual_information.py trains with it"
+        },
         **_VAE,
     ),
     *(
@@ -478,6 +495,20 @@ _NN = [
             "fsdp_shards": "it has a buffer of two numbers and no parameter",
             "compiled": "it has no forward: a distribution, called through its methods",
         },
+    ),
+    *(
+        Entry(
+            [kind.__name__],
+            "nn",
+            functools.partial(components.decoder_model, kind, *chosen),
+            inputs=lambda: (torch.ones(3, 6), torch.ones(4, 3, 2)),
+            call=lambda model, inputs: model.log_likelihood(*inputs),
+            skip={
+                "compiled": "it has no forward: a density, called through its methods",
+                "fsdp_shards": "it has no forward: a density, called through its methods, under which nothing is sharded",
+            },
+        )
+        for kind, *chosen in ((nn.GaussianDecoderModel, -1.0), (nn.BernoulliDecoderModel,))
     ),
     *(
         Entry([name], "nn", build, inputs=lambda: (torch.ones(3, 4),), call=components.at_two_betas)
