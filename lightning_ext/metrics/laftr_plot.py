@@ -10,6 +10,7 @@ from lightning_ext.metrics._figure import INK, axes_of
 __all__: list[str] = []  # drawn through the metric's own plot()
 
 _MOST_CELLS = 400
+_SHORT = 6  # letters that have room below a cell
 
 
 def plot_accuracy_matrix(
@@ -22,12 +23,16 @@ def plot_accuracy_matrix(
     names = [str(i) for i in range(tasks)] if task_names is None else list(task_names)
     if len(names) != tasks:
         raise ValueError(f"task_names must name {tasks} tasks, got {len(names)}: {names}.")
-    figure, axes = axes_of(ax, (2.6 + 0.55 * tasks, 1.8 + 0.48 * tasks))
+    longest = max(map(len, names))
+    aslant = longest > _SHORT  # names that would cover each other
+    margin = 0.08 * longest if aslant else 0.0  # inches that they take beside the matrix, and below it
+    figure, axes = axes_of(ax, (max(4.6, 2.6 + 0.55 * tasks) + margin, 1.8 + 0.48 * tasks + 0.7 * margin))
     axes.set_facecolor("#eceef1")  # shows where nothing was measured
     image = axes.imshow(matrix.tolist(), cmap="cividis", vmin=0, vmax=1)
     if matrix.numel() <= _MOST_CELLS:
         _write_numbers(axes, matrix)
-    axes.set_xticks(range(tasks), names)
+    slope: dict[str, Any] = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if aslant else {}
+    axes.set_xticks(range(tasks), names, **slope)
     axes.set_yticks(range(tasks), names)
     axes.set_xlabel("tested on task", color=INK)
     axes.set_ylabel("after training on task", color=INK)
@@ -37,7 +42,7 @@ def plot_accuracy_matrix(
     axes.tick_params(length=0, labelcolor=INK)
     for side in axes.spines.values():
         side.set_visible(False)
-    bar = figure.colorbar(image, ax=axes, pad=0.03)
+    bar = figure.colorbar(image, cax=axes.inset_axes((1.04, 0, 0.05, 1)))  # as tall as the matrix
     bar.set_label("accuracy", color=INK)
     bar.outline.set_visible(False)
     return figure, axes

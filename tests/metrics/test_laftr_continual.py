@@ -1,5 +1,6 @@
 """ContinualMetrics: counts of any shards make one matrix, its numbers, and what it says of holes and bad input."""
 
+import itertools
 import math
 import warnings
 
@@ -228,6 +229,27 @@ class TestFigure:
         assert metric.plot(ax=axes) == metric.plot(metric.compute(), ax=axes) == (figure, axes)
         assert axes.get_title() == "average 0.750"
         assert axes.texts[0].get_text() == "0.75"
+
+    @pytest.mark.parametrize("names", [None, ["permuted digits", "rotated digits", "a long name of a task"]])
+    def test_nothing_covers_anything_and_the_bar_is_as_tall_as_the_matrix(self, names):
+        figure, axes = filled(T17).plot(task_names=names)
+        figure.draw_without_rendering()
+        bar = axes.child_axes[0]
+        frame, beside = axes.get_window_extent(), bar.get_window_extent()
+        assert (beside.y0, beside.y1) == pytest.approx((frame.y0, frame.y1), abs=1)
+        ticks = axes.get_xticklabels()
+        ends = sorted(tick.get_window_extent().x1 for tick in ticks)
+        if names is None:
+            assert all(
+                tick.get_window_extent().count_overlaps([t.get_window_extent() for t in ticks]) == 1 for tick in ticks
+            )
+        else:
+            assert all(tick.get_rotation() == 35 for tick in ticks)
+            assert min(b - a for a, b in itertools.pairwise(ends)) > 0.9 * ticks[0].get_fontsize()
+        title, whole = axes.title.get_window_extent(), figure.bbox
+        assert whole.x0 <= title.x0
+        assert title.x1 <= whole.x1
+        assert title.y0 >= beside.y1, "above the bar and its numbers"
 
     def test_names_for_all_tasks(self):
         with pytest.raises(ValueError, match="task_names must name 3 tasks, got 1"):
