@@ -84,7 +84,7 @@ def scatter(results: Mapping[str, Sequence[Any]]) -> Figure:
                 axes.axline((0, 0), slope=1, color=PALE, lw=1.2, ls=(0, (4, 3)), zorder=1, label="equal")
                 axes.set_title(f"{title}, {name}: r = {mean:.2f}")  # per test point, as the table has it
                 axes.margins(0.08)
-                axes.set_xlabel("predicted by influence")
+                axes.set_xlabel("predicted by influence, $10^{-3}$")
             row[0].set_ylabel(f"actual effect on test loss,\n$10^{{-3}}$ {UNITS.get(name, '')}".rstrip())
         figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(found) + 1)
     return figure
