@@ -36,19 +36,19 @@ class AISBound(SidedMean):
     with the estimate of the evidence that the scheme makes of the weights :math:`w_k`, of the forward chains
     :math:`f_k` and the reverse chains :math:`r_k`:
 
-    =========================== ============================== ==========================================
-    scheme                      upper                          lower
-    =========================== ============================== ==========================================
-    ``"single"``                mean of log f                  mean of log r
-    ``"independent"``           log mean of f                  log mean of r_1, f_2, ..., f_K
-    ``"independent_reverse"``   -log mean of 1/f_1, 1/r_2, ... -log mean of 1/r
-    ``"coupled_reverse"``       -log mean of 1/f_1, 1/r_2, ... -log mean of 1/r
-    =========================== ============================== ==========================================
+    ========================== =================================== ================================
+    scheme                     upper                               lower
+    ========================== =================================== ================================
+    ``"single"``               mean of log f                       mean of log r
+    ``"independent"``          log mean of f                       log mean of r_1, f_2, ..., f_K
+    ``"independent_reverse"``  minus log mean of 1/f_1, 1/r_2, ... minus log mean of 1/r
+    ``"coupled_reverse"``      minus log mean of 1/f_1, 1/r_2, ... minus log mean of 1/r
+    ========================== =================================== ================================
 
     Reverse chains of a lower bound start in posterior samples: with ``"coupled_reverse"`` all in the pair's own z, with
-    ``"independent_reverse"`` in K independent ones, of which there is but one for simulated data and none for real
-    data. Those of an upper bound start where chain f_1 ended with ``"coupled_reverse"``; for other chains than the
-    lower bound's, build a metric for each side.
+    ``"independent_reverse"`` in K independent ones. Simulated pairs come with one such sample, real data with none, and
+    so without a lower bound. With ``"coupled_reverse"``, reverse chains of the upper bound start where chain f_1 ended;
+    as these are not the lower bound's, build a metric for each side.
 
     ``update(log_likelihood, forward=None, reverse=None)`` takes
 
