@@ -35,6 +35,31 @@ def beta_vae() -> BetaVAE:
     return single(BetaVAE, beta=0.5)
 
 
+FEW_PAIRS = {"num_train": 12, "num_val": 6, "batch_size": 4, "seed": 1}
+
+
+class Pairs:
+    """A model with pairs to simulate."""
+
+    def simulate(self, num: int, generator: Any) -> tuple[Any, Any]:
+        x = torch.randn(num, 6, generator=generator)
+        return x, x[:, :2]
+
+
+class ReadsX(toys.Net):
+    """Regression on the data of a pair."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = self(batch[0]).square().mean()
+        self.log("train/loss", loss, batch_size=len(batch[0]))
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val/loss", self(batch[0]).square().mean(), batch_size=len(batch[0]), sync_dist=True)
+
+    test_step = validation_step
+
+
 SHORT_CHAINS = {"num_points": 4, "num_samples": 5, "num_chains": 2, "num_steps": 3, "num_leapfrog": 2}
 
 

@@ -39,6 +39,7 @@ NOT_COMPONENTS = {
     "CIFARImages": "its files cannot be shipped; tests/data/test_cifar.py reads files that it writes",
     "CIFARLayout": "a description of a file format; tests/data/test_cifar.py reads both",
     "RowStore": "a file format; tests/data/test_row_store.py kills a writer and reopens its table",
+    "PairLoader": "an iterable; tests/data/test_mutual_information.py stops and resumes it",
     "LatentModel": "abstract: GaussianDecoderModel and BernoulliDecoderModel are it",
     "DistributionModel": "a LatentModel without parameters; tests/nn/test_mutual_information.py",
     "FiniteModel": "a LatentModel without parameters; tests/nn/test_mutual_information_known.py",
@@ -319,6 +320,12 @@ _LAFTR = [
     ),
 ]
 
+_ONE_HOT = {
+    data.FiniteJointDataModule: {
+        "ddp_ranks_agree": "sums of unit vectors do not tell two draws apart; tests/data/test_mutual_information.py does"
+    }
+}
+
 _DATA = [
     Entry(
         ["DigitsDataModule", "EpochSampler", "ResumableLoader"],
@@ -341,6 +348,25 @@ _DATA = [
             "ddp_equals_one_process": "Lightning shards its loaders with a shuffling sampler of its own",
             "cli_recipe": "tests/data/test_continual.py builds every scenario on the command line",
         },
+    ),
+    *(
+        Entry(
+            [kind.__name__],
+            "data",
+            functools.partial(kind, *chosen, **components.FEW_PAIRS),
+            module=components.ReadsX,
+            skip={
+                "ddp_equals_one_process": "ranks draw pairs of their own",
+                "cli_recipe": "its recipe comes with the card of its method",
+                **_ONE_HOT.get(kind, {}),
+            },
+        )
+        for kind, *chosen in (
+            (data.SimulatedPairsDataModule, components.Pairs()),
+            (data.CorrelatedGaussianDataModule, 6),
+            (data.LinearGaussianDataModule, torch.ones(6, 2)),
+            (data.FiniteJointDataModule, torch.arange(1.0, 37.0).view(6, 6) / 666),
+        )
     ),
 ]
 
