@@ -322,7 +322,7 @@ _LAFTR = [
 
 _ONE_HOT = {
     data.FiniteJointDataModule: {
-        "ddp_ranks_agree": "sums of unit vectors do not tell two draws apart; tests/data/test_mutual_information.py does"
+        "ddp_ranks_agree": "sums of unit vectors do not tell two draws apart; the tests in tests/data do"
     }
 }
 
