@@ -136,23 +136,26 @@ class AnnealingPath:
 
     def __init__(self, base: Callable[[Tensor], Tensor], energy: Callable[[Tensor], Tensor]) -> None:
         self.base, self.energy = base, energy
+        self._closed = isinstance(base, LogDensity), isinstance(energy, LogDensity)  # looked up once: it is slow
 
     def evaluate(self, position: Tensor, *, gradient: bool = True) -> PathState:
         """Look at the path at points ``(..., d)``; without gradients they may be integers."""
         if not gradient:
             with torch.no_grad():
                 return PathState(position, self.base(position), self.energy(position))
-        (base, base_gradient), (energy, energy_gradient) = (_both(f, position) for f in (self.base, self.energy))
+        base, base_gradient = _both(self.base, position, self._closed[0])
+        energy, energy_gradient = _both(self.energy, position, self._closed[1])
         return PathState(position, base, energy, base_gradient, energy_gradient)
 
     def gradient(self, position: Tensor, beta: float) -> Tensor:
         """Gradient ``(..., d)`` of the log-density at a temperature."""
-        base = _gradient(self.base, position)
-        return torch.add(base, _gradient(self.energy, position), alpha=beta) if beta else base
+        base = _gradient(self.base, position, self._closed[0])
+        return torch.add(base, _gradient(self.energy, position, self._closed[1]), alpha=beta) if beta else base
 
 
-def _both(function: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Tensor, Tensor]:
-    if isinstance(function, LogDensity):
+def _both(function: Any, z: Tensor, closed: bool) -> tuple[Tensor, Tensor]:
+    """Values and gradients, by autograd unless the function knows its own."""
+    if closed:
         with torch.no_grad():
             return function(z), function.gradient(z)
     with torch.inference_mode(False), torch.enable_grad():
@@ -166,8 +169,8 @@ def _both(function: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Tensor, Tens
     return value.detach(), gradient
 
 
-def _gradient(function: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
-    return function.gradient(z) if isinstance(function, LogDensity) else _both(function, z)[1]
+def _gradient(function: Any, z: Tensor, closed: bool) -> Tensor:
+    return function.gradient(z) if closed else _both(function, z, closed)[1]
 
 
 class HMCInfo(NamedTuple):
