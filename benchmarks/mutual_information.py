@@ -1,0 +1,195 @@
+"""Speed of the sampler behind the mutual-information bounds, and what a nat of the sandwich costs.
+
+    BDMC=/path/to/BDMC python benchmarks/mutual_information.py  # every row: benchmarks/results/mutual_information.json
+    python benchmarks/mutual_information.py gap                 # rows whose function contains a word, prints only
+
+The decoder is 10-64-128-64 with tanh units. One thread, CPU seconds of this process, pairs of runs in alternation.
+
+- BDMC (github.com/lxuechen/BDMC, MIT) is on no package index: ``BDMC`` names the folder that it was cloned to. Its
+  forward chains run as they are, without their progress bar, on as many intervals as ours have transitions.
+- The gap is the upper less the lower bound of a VAE of the digits (Gaussian pixels, 100 epochs), on 64 pairs that it
+  simulates. With a variance of 0.03 the latents carry few enough nats for importance weighting; with 0.01 not. For
+  importance weighting a gradient counts as three evaluations of the decoder.
+"""
+
+import argparse
+import contextlib
+import functools
+import io
+import logging
+import math
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from lightning_ext.benchmark import BenchmarkRow, absent_row, paired_ratio, timed_row, value_row, write_benchmark
+from lightning_ext.data import DigitsDataModule
+from lightning_ext.functional import ais_forward, hmc_kernel, linear_schedule
+from lightning_ext.modules import BetaVAE, measure_mutual_information
+from lightning_ext.nn import BernoulliDecoderModel, MLPDecoder, MLPEncoder, latent_model_from_vae
+
+RESULTS = Path(__file__).parent / "results" / "mutual_information.json"
+LATENTS, LEAPFROG = 10, 10
+VARIANCES = (0.03, 0.01)  # of the pixels: about 7 and 15 nats
+CHAINS, POINTS, PAIRS = 8, 64, 64
+GRADIENT_COST = 3  # evaluations of the decoder: one forward, and a backward pass of about two
+Rows = list[BenchmarkRow]
+
+
+def progress(text: str) -> None:
+    print(f"{time.process_time():5.0f} s  {text} ...", file=sys.stderr, flush=True)
+
+
+# -- one transition ----------------------------------------------------------------------------------------------------
+
+
+def decoder() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(LATENTS, 64), nn.Tanh(), nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 64)
+    ).requires_grad_(True)  # fmt: skip
+
+
+def bdmc_chains(network: nn.Module, x: Tensor, intervals: int) -> Callable[[], object]:
+    """Its forward chains on Bernoulli data, without the bar."""
+    folder = os.environ.get("BDMC")
+    if folder is None:
+        raise ModuleNotFoundError("clone github.com/lxuechen/BDMC and name its folder in BDMC=")
+    sys.path.insert(0, folder)
+    try:
+        import ais as peer
+    finally:
+        sys.path.remove(folder)
+    peer.tqdm = lambda pairs: pairs
+
+    class Model:
+        latent_dim = LATENTS
+        decode = staticmethod(network)
+
+    def run() -> None:
+        with contextlib.redirect_stdout(io.StringIO()):
+            schedule = linear_schedule(intervals).float().tolist()
+            peer.ais_trajectory(Model, [(x, None)], forward=True, schedule=schedule, n_sample=CHAINS)
+
+    return run
+
+
+def transition() -> Rows:
+    """Forward chains of both on the same network, data and number of transitions and leapfrog steps."""
+    transitions, name = 10, f"one transition: L = {LEAPFROG}, {CHAINS} chains of {POINTS} data points"
+    network = decoder()
+    model = BernoulliDecoderModel(network, LATENTS)
+    x, _ = model.simulate(POINTS)
+    path, betas = model.path(x), linear_schedule(transitions + 1)
+    kernel = hmc_kernel(path, torch.full((transitions + 1,), 0.05), LEAPFROG)
+    peer = {"peer_name": "lxuechen/BDMC", "goal": 2 / 3}
+    try:
+        theirs = bdmc_chains(network, x, transitions)
+    except ModuleNotFoundError as error:
+        return [absent_row(name, why=str(error), **peer)]
+    timing = paired_ratio(
+        lambda: ais_forward(path, model.sample_prior(CHAINS * POINTS).view(CHAINS, POINTS, -1), betas, kernel),
+        theirs, 41, clock=time.process_time,
+    )  # fmt: skip
+    each = f"{1e3 * timing.ours / transitions:.1f} against {1e3 * timing.peer / transitions:.1f} ms a transition"
+    return [timed_row(name, timing, peer_version=None, why=each, **peer)]
+
+
+# -- the sandwich ------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def digits_vae(variance: float) -> Any:
+    """A VAE of the digits with Gaussian pixels."""
+    pl.seed_everything(0, verbose=False)
+    nets = MLPEncoder([64], [128, 64], LATENTS), MLPDecoder(LATENTS, [64, 128], [64])
+    vae = BetaVAE(*nets, input_shape=[64], distortion="gaussian", beta=variance, lr=3e-3)
+    trainer = pl.Trainer(
+        max_epochs=100, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, limit_val_batches=0,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(vae, DigitsDataModule(binarize=False, seed=0))
+    return latent_model_from_vae(vae.eval())
+
+
+@functools.cache
+def sandwich(variance: float, bound: str, **options: Any) -> tuple[dict[str, float], float]:
+    """The values, and CPU seconds."""
+    model, start = digits_vae(variance), time.process_time()
+    found = measure_mutual_information(model, bounds=[bound], num_points=PAIRS, seed=1, **options)
+    return {name: value.item() for name, value in found.values.items()}, time.process_time() - start
+
+
+def told(values: dict[str, float], bound: str, seconds: float) -> str:
+    return f"{values[f'{bound}/lower']:.2f} to {values[f'{bound}/upper']:.2f} nats in {seconds:.0f} s"
+
+
+def gap() -> Rows:
+    """Annealed chains against importance samples, from the prior and from the encoder, for as many gradients."""
+    steps = 200
+    samples = GRADIENT_COST * 2 * CHAINS * (steps - 1) * LEAPFROG
+    rows = []
+    for variance in VARIANCES:
+        annealed, seconds = sandwich(variance, "ais", num_chains=CHAINS, num_steps=steps, num_leapfrog=LEAPFROG)
+        for proposal, start in (("prior", "the prior"), ("model", "the encoder")):
+            weighted, spent = sandwich(variance, "iwae", num_samples=samples, proposal=proposal)
+            rows.append(
+                value_row(
+                    f"gap of annealed chains (T = {steps}, K = {CHAINS}) against {samples:,} samples from {start}, "
+                    f"pixel variance {variance:g}",
+                    annealed["ais/gap"], weighted["iwae/gap"], unit="nats", peer_name="importance weighting (IWAE)",
+                    peer_version=None, goal=0.5,
+                    why=f"{told(annealed, 'ais', seconds)}, against {told(weighted, 'iwae', spent)}",
+                )
+            )  # fmt: skip
+    return rows
+
+
+def growth() -> Rows:
+    """How the gap falls with the number of temperatures: as 1 / T in theory, with perfect transitions."""
+    schedule = (50, 100, 200, 400)
+    found = {
+        steps: sandwich(VARIANCES[-1], "ais", num_chains=CHAINS, num_steps=steps, num_leapfrog=LEAPFROG)
+        for steps in schedule
+    }
+    gaps = {steps: values["ais/gap"] for steps, (values, _) in found.items()}
+    exponent = math.log(gaps[schedule[0]] / gaps[schedule[-1]]) / math.log(schedule[-1] / schedule[0])
+    why = ", ".join(f"T = {steps}: {gaps[steps]:.3f} nats, {found[steps][1]:.0f} s" for steps in schedule)
+    return [
+        value_row(
+            "the gap falls as the number of temperatures to the power", exponent, 1.0, unit="exponent",
+            peer_name="theory", peer_version=None, goal=0.8, higher_is_better=True, why=why,
+        )
+    ]  # fmt: skip
+
+
+ROWS = (transition, gap, growth)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("words", nargs="*", help="run only the rows whose function name contains one of these")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    rows: Rows = []
+    for function in ROWS:
+        if not options.words or any(word in function.__name__ for word in options.words):
+            progress(function.__name__)
+            rows += function()
+    write_benchmark(rows, RESULTS if not options.words else Path(os.devnull))
+
+
+if __name__ == "__main__":
+    main()
