@@ -21,7 +21,7 @@ __all__: list[str] = []
 
 Build = Callable[[str, Tensor], ActivationSite]
 Activate = Callable[[str, Build, Tensor], Tensor]
-Handler = Callable[..., Tensor]
+Handler = Callable[..., Any]  # a Tensor, or NotImplemented where the call is to run as it is
 
 # fmt: off
 _ELEMENTWISE = (
@@ -38,7 +38,10 @@ def _named(name: str) -> list[Callable[..., Any]]:
 
 
 def _elementwise(name: str, function: Callable[..., Tensor]) -> Handler:
-    def handler(activate: Activate, input: Tensor, *args: Any, inplace: bool = False, **kwargs: Any) -> Tensor:
+    def handler(activate: Activate, input: Tensor, *args: Any, inplace: bool = False, **kwargs: Any) -> Any:
+        if any(isinstance(value, Tensor) for value in (*args, *kwargs.values())):
+            return NotImplemented  # bounds that may be learned, which an expansion in s alone would keep as they were
+
         def build(name: str, s: Tensor) -> ActivationSite:
             return elementwise_site(name, lambda x: function(x, *args, **kwargs), s)
 
@@ -75,8 +78,14 @@ def _glu(activate: Activate, input: Tensor, dim: int = -1) -> Tensor:
 
 
 def _softmax(
-    activate: Activate, input: Tensor, dim: int, *args: Any, dtype: torch.dtype | None = None, **_: Any
+    activate: Activate,
+    input: Tensor,
+    dim: int | None = None,
+    *args: Any,
+    dtype: torch.dtype | None = None,
+    **_: Any,
 ) -> Tensor:
+    dim = int(input.ndim not in (0, 1, 3)) if dim is None else dim  # torch's own choice
     dtype = next((arg for arg in args if isinstance(arg, torch.dtype)), dtype)
     return activate("softmax", lambda name, s: softmax_site(name, s, dim), input if dtype is None else input.to(dtype))
 

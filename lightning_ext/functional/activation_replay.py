@@ -36,6 +36,9 @@ _LINEAR = _PRODUCTS | {
     "zero", "zeros_like",
 }
 _COMPARISONS = frozenset({"eq", "ge", "gt", "le", "lt", "ne"})
+_QUOTIENTS = frozenset({"div", "itruediv", "true_divide", "truediv"})
+_CONSTANTS = frozenset({f"{kind}_like" for kind in ("empty", "full", "ones", "rand", "randn", "zeros")})
+_CONSTANTS |= {f"new_{kind}" for kind in ("empty", "full", "ones", "zeros")}
 # fmt: on
 _LIVE = "_depends_on_activations"  # set on tensors of a recorded pass, to tell products of two of them from layers
 
@@ -56,6 +59,10 @@ class _ActivationMode(TorchFunctionMode):
 
     _watching = False  # whether the other calls go to ``_passed``
 
+    def __init__(self, own: Iterable[Tensor] = ()) -> None:
+        super().__init__()
+        self._own = {id(tensor) for tensor in own}
+
     def __torch_function__(
         self,
         func: Callable[..., Any],
@@ -65,8 +72,10 @@ class _ActivationMode(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         handler = _HANDLERS.get(func)
-        if handler is not None and _floating((*args, *kwargs.values())):
-            return handler(self._activate, *args, **kwargs)
+        if handler is not None and _floating((*args, *kwargs.values())) and not self._owns(args, kwargs):
+            out = handler(self._activate, *args, **kwargs)
+            if out is not NotImplemented:
+                return out
         if func in _OPENED:
             with self._inside():
                 return _OPENED[func](*args, **kwargs)
@@ -74,6 +83,9 @@ class _ActivationMode(TorchFunctionMode):
         if self._watching:
             self._passed(func, args, kwargs, out)
         return out
+
+    def _owns(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        return bool(self._own) and id(args[0] if args else kwargs.get("input")) in self._own
 
     @contextlib.contextmanager
     def _inside(self) -> Iterator[None]:
@@ -102,6 +114,10 @@ class RecordActivations(_ActivationMode):
             call to the reference. Default: all of them.
         watch: Whether to look at all other calls too; without, ``others`` stays empty, every site's ``channel`` is -1
             and the pass is faster.
+        own: Tensors such as the network's parameters: a nonlinearity of one of them is no activation, and runs as it
+            is.
+        inputs: The network's inputs, for products and quotients of what depends on them to be among ``others`` before
+            the first activation too.
 
     Attributes:
         sites: The expansions, in the order of the calls.
@@ -125,19 +141,35 @@ class RecordActivations(_ActivationMode):
         The sites keep the derivatives of each activation; run the reference under ``torch.no_grad()``.
     """
 
-    def __init__(self, given: Sequence[ActivationSite | None] = (), *, watch: bool = True) -> None:
-        super().__init__()
-        self._watching = watch
+    def __init__(
+        self,
+        given: Sequence[ActivationSite | None] = (),
+        *,
+        watch: bool = True,
+        own: Iterable[Tensor] = (),
+        inputs: Tensor | None = None,
+    ) -> None:
+        super().__init__(own)
+        self._watching, self._inputs = watch, inputs
         self.sites: list[ActivationSite] = []
         self.others: set[str] = set()
         self._given = list(given)
         self._channel = -1
+
+    def __enter__(self) -> "RecordActivations":
+        """Begin to record."""
+        if self._inputs is not None:
+            setattr(self._inputs, _LIVE, True)
+        TorchFunctionMode.__enter__(self)  # type: ignore[no-untyped-call]
+        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Stop recording."""
         TorchFunctionMode.__exit__(self, kind, error, trace)  # type: ignore[no-untyped-call]
+        if self._inputs is not None:
+            delattr(self._inputs, _LIVE)
         if kind is None and not self.sites:
             raise RuntimeError(
                 "no activation function was called: the network is linear, compiled or scripted, or its activations "
@@ -167,7 +199,8 @@ class RecordActivations(_ActivationMode):
             self._channel = -1
         live = sum(hasattr(x, _LIVE) for x in _tensors((*args, *kwargs.values())))
         results = list(_tensors((out,)))
-        for x in results if live else ():
+        changed = args[:1] if name == "setitem" else ()
+        for x in (*results, *changed) if live and name not in _CONSTANTS else ():
             setattr(x, _LIVE, True)
         if self._departs(name, live, kwargs, args, results):
             self.others.add(name)
@@ -176,7 +209,7 @@ class RecordActivations(_ActivationMode):
         self, name: str, live: int, kwargs: Mapping[str, Any], args: tuple[Any, ...], results: list[Tensor]
     ) -> bool:
         if name in _PRODUCTS:
-            return live > 1
+            return live > 1 or (name in _QUOTIENTS and live > sum(hasattr(x, _LIVE) for x in _tensors(args[:1])))
         if name in _COMPARISONS:
             return _floating(args)
         unknown = name not in _LINEAR or bool(kwargs.get("training"))
@@ -201,6 +234,7 @@ class ReplayActivations(_ActivationMode):
 
     Args:
         sites: From `RecordActivations`, or from `gates` if none of them is None.
+        own: As for `RecordActivations`, of this network.
 
     Raises:
         ValueError: If a site is None.
@@ -209,11 +243,12 @@ class ReplayActivations(_ActivationMode):
 
     Note:
         Differentiable in everything but the sites, which are constants. One multiplication for each ReLU. What
-        activation checkpointing computes again in the backward pass is out of reach: turn it off.
+        activation checkpointing computes again in the backward pass is out of reach: turn it off, or see
+        `recomputation_refused`.
     """
 
-    def __init__(self, sites: Sequence[ActivationSite | None]) -> None:
-        super().__init__()
+    def __init__(self, sites: Sequence[ActivationSite | None], own: Iterable[Tensor] = ()) -> None:
+        super().__init__(own)
         if any(site is None for site in sites):
             raise ValueError(
                 "some sites have no gate: run the reference in RecordActivations(given=sites) and replay its sites."

@@ -8,6 +8,7 @@ from torch import Tensor
 from lightning_ext.functional.activation_replay import RecordActivations, ReplayActivations
 from lightning_ext.functional.activation_sites import ActivationSite
 from lightning_ext.functional.divergences import softmax_kl, softmax_squared_error, squared_error
+from lightning_ext.functional.parameters import recomputation_refused
 
 __all__ = ["gated_distance", "output_divergence"]
 
@@ -91,7 +92,8 @@ def gated_distance(
         A scalar, at least 0 up to rounding, in nats for ``"kl"``, else in squared units of the outputs.
 
     Raises:
-        RuntimeError: If there is no activation function, or the networks do not call the same ones.
+        RuntimeError: If there is no activation function, the networks do not call the same ones, or activations are
+            checkpointed without re-entry.
         ValueError: If an argument does not fit the outputs.
 
     Source: Dhawan, Huang, Bae & Grosse 2023 (arXiv:2302.03519), LAFTR with real activations (``sites`` None) and with
@@ -107,8 +109,8 @@ def gated_distance(
         One forward pass of each network, and a backward pass of one. Nothing is drawn here and nothing is reduced over
         ranks.
     """
-    with torch.no_grad(), RecordActivations(sites or (), watch=False) as tape:
+    with torch.no_grad(), RecordActivations(sites or (), watch=False, own=reference.values()) as tape:
         old = forward(reference, x)
-    with ReplayActivations(tape.sites):
+    with ReplayActivations(tape.sites, own=current.values()), recomputation_refused():
         new = forward(current, x)
     return output_divergence(new, old, divergence, heads, weights)

@@ -81,9 +81,9 @@ def mean_gate_moments(
         sites = [site for site in gate_sites(template, values) if site is not None]
 
         def change(x: Tensor) -> Tensor:
-            with ReplayActivations(sites):
+            with ReplayActivations(sites, own=frozen.values()):
                 old = forward(frozen, x)
-            with ReplayActivations(sites):
+            with ReplayActivations(sites, own=current.values()):
                 new = forward(current, x)
             step = new - old
             return (step if heads is None else step[..., heads]).flatten(1)
@@ -185,7 +185,7 @@ def _gated_calls(
     forward: Forward, reference: Mapping[str, Tensor], x: Tensor, heads: Heads | None
 ) -> tuple[list[ActivationSite], int]:
     """The network's calls of activations, and how many outputs count."""
-    with torch.no_grad(), RecordActivations() as tape:
+    with torch.no_grad(), RecordActivations(own=reference.values(), inputs=x) as tape:
         out = forward(reference, x)
     curved = sorted({site.name for site in tape.sites if site.push is not None} | tape.others)
     if curved:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -139,14 +139,18 @@ class Substitution:
 
     def __init__(self, module: nn.Module, rename: Callable[[str], str] = str) -> None:
         self._places: dict[str, list[tuple[dict[str, Any], str]]] = {}
+        self.buffers: list[str] = []  # the names of those that are no parameters
         first: dict[int, str] = {}
         parts = list(module.named_modules())
-        stores = [*((prefix, part._parameters) for prefix, part in parts), *((p, part._buffers) for p, part in parts)]
-        for prefix, store in stores:
-            for attribute, value in store.items():
-                if value is not None:
-                    name = first.setdefault(id(value), rename(f"{prefix}.{attribute}" if prefix else attribute))
-                    self._places.setdefault(name, []).append((store, attribute))
+        for kind in ("_parameters", "_buffers"):
+            known = len(self._places)
+            for prefix, part in parts:
+                store = getattr(part, kind)
+                for attribute, value in store.items():
+                    if value is not None:
+                        name = first.setdefault(id(value), rename(f"{prefix}.{attribute}" if prefix else attribute))
+                        self._places.setdefault(name, []).append((store, attribute))
+            self.buffers = list(self._places)[known:]
 
     def values(self) -> dict[str, Tensor]:
         """Return the module's own as they are now, parameters before buffers; a tied one by its first name."""
@@ -168,3 +172,21 @@ class Substitution:
         finally:
             for store, key, own in before:
                 store[key] = own
+
+
+@contextmanager
+def recomputation_refused() -> Iterator[None]:
+    """Refuse networks that leave activations to be computed again in the backward pass, when they hold other tensors.
+
+    Raises:
+        RuntimeError: Where one does, as with ``torch.utils.checkpoint``. Its re-entrant kind is not noticed.
+    """
+    what = (
+        "the network saves tensors by hooks, as activation checkpointing does in order to compute them again in the "
+        "backward pass, where the network is another one by then. Turn it off in evaluation mode, or say with forward= "
+        "how the network is called without."
+    )
+    with ExitStack() as stack:
+        with suppress(RuntimeError):  # hooks that are there already are the caller's, around all of this
+            stack.enter_context(torch.autograd.graph.disable_saved_tensors_hooks(what))
+        yield

@@ -327,6 +327,9 @@ def test_under_transforms_it_is_what_a_loop_gives():
         (lambda x: F.dropout(x.relu(), 0.5, training=True), {"dropout"}),
         (lambda x: F.batch_norm(x.relu(), None, None, training=True), {"batch_norm"}),
         (lambda x: nn.LSTM(4, 3)(x.relu())[0], {"lstm"}),
+        (lambda x: torch.ones(4) / (1 + x.relu()), {"div"}),
+        (lambda x: x.relu() / torch.full((4,), 2.0), set()),
+        (lambda x: torch.ones_like(x.relu()) * x.relu(), set()),
         (lambda x: x.relu() * torch.ones(4) + torch.arange(3).clamp(0, 1).sum() - x.relu().mean(), set()),
     ],
 )
@@ -463,3 +466,72 @@ def test_without_watching_the_expansions_are_the_same():
         assert torch.equal(site.slope, twin.slope)
         assert site.name == twin.name
     assert not vars(out)
+
+
+def put(x):
+    """The input, by way of another tensor."""
+    held = torch.zeros(3, 4)
+    held[:, :2] = x[:, :2]
+    return held
+
+
+@pytest.mark.parametrize(
+    ("function", "names"),
+    [
+        (lambda x: (x * x).relu(), {"mul"}),
+        (lambda x: ((x @ torch.ones(4, 4)) * x).relu(), {"mul"}),
+        (lambda x: (x / x.sum(1, keepdim=True)).relu(), {"div"}),
+        (lambda x: (put(x) * x).relu(), {"mul"}),
+        (lambda x: (x @ torch.ones(4, 4) + torch.ones_like(x) * x / 2).relu(), set()),
+    ],
+)
+def test_with_the_inputs_known_their_products_are_no_linear_functions(function, names):
+    x = torch.randn(3, 4)
+    with RecordActivations(inputs=x) as tape:
+        function(x)
+    assert tape.others == names
+    assert not vars(x)
+    with RecordActivations() as tape:
+        function(x)
+    assert not tape.others
+
+
+@pytest.mark.parametrize(
+    "positive", [F.softplus, torch.sigmoid, lambda p: p.softmax(0), lambda p: F.layer_norm(p, (4,)), torch.tanh]
+)
+def test_a_function_of_parameters_is_each_networks_own(positive):
+    old, new, x = torch.zeros(4), torch.tensor([2.0, -1.0, 0.5, 3.0]), torch.randn(3, 4)
+    with RecordActivations(own=[old]) as tape:
+        x.relu() * positive(old)
+    assert [site.name for site in tape.sites] == ["relu"]
+    with ReplayActivations(tape.sites, own=[new]):
+        out = x.relu() * positive(new)
+    assert torch.equal(out, x.relu() * positive(new))
+
+
+@pytest.mark.parametrize(
+    "clip",
+    [
+        lambda x, c: torch.clamp(x, max=c), lambda x, c: x.clamp(-c, c), lambda x, c: torch.clamp_max(x, c),
+        lambda x, c: x.clone().clamp_(max=c), lambda x, c: x.clip(None, c),
+    ],
+)  # fmt: skip
+def test_learned_bounds_are_each_networks_own(clip):
+    x, bound = 2 * torch.randn(30, 4), torch.full((4,), 0.5, requires_grad=True)
+    with torch.no_grad(), RecordActivations() as tape:
+        clip(x.relu(), torch.ones(4))
+    assert tape.others & {"clamp", "clamp_max", "clip"}
+    with ReplayActivations(tape.sites):
+        out = clip(x.relu(), bound)
+    assert torch.equal(out, clip(x.relu(), bound))
+    out.sum().backward()
+    assert (bound.grad > 0).all()
+
+
+def test_softmax_without_a_dimension_takes_the_one_that_torch_takes():
+    for shape in ((3,), (2, 3), (2, 3, 4), (2, 3, 4, 5)):
+        x = torch.randn(shape)
+        with pytest.warns(UserWarning, match="Implicit dimension"):
+            expected = F.softmax(x)
+        with RecordActivations():
+            assert torch.equal(F.softmax(x), expected)

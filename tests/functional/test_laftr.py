@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.func import functional_call, grad, jvp
+from torch.utils.checkpoint import checkpoint
 
 from lightning_ext.functional import (
     InputStatistics,
@@ -292,3 +293,33 @@ def test_what_does_not_fit_is_refused():
         gated_distance(forward, reference, current, x, gates(sites, [torch.ones(9, 8), torch.ones(9, 6)]))
     with pytest.raises(RuntimeError, match="no activation function was called"):
         gated_distance(lambda p, x: x @ p["0.weight"].mT, reference, current, x)
+
+
+def test_a_function_of_parameters_alone_is_measured_exactly():
+    torch.manual_seed(0)
+    x = torch.randn(20, 4)
+    reference = {"w": torch.randn(4, 3), "scale": torch.zeros(3)}
+    current = {"w": reference["w"], "scale": torch.tensor([2.0, -1.0, 0.5])}
+
+    def forward(p, x):
+        return (x @ p["w"]).relu() * torch.nn.functional.softplus(p["scale"])
+
+    expected = squared_error(forward(current, x), forward(reference, x))
+    found = gated_distance(forward, reference, current, x, divergence="mse")
+    torch.testing.assert_close(found, expected)
+
+
+def test_what_would_be_computed_again_without_the_reference_is_refused():
+    forward, reference, current, x = build()
+    for value in current.values():
+        value.requires_grad_()
+
+    def saving(p, x):
+        return checkpoint(forward, p, x, use_reentrant=False)
+
+    with pytest.raises(RuntimeError, match="activation checkpointing"):
+        gated_distance(saving, reference, current, x)
+    plain = gated_distance(forward, reference, current, x)
+    with torch.autograd.graph.save_on_cpu():  # of the caller
+        assert torch.equal(gated_distance(forward, reference, current, x), plain)
+    assert torch.isfinite(saving(current, x)).all()

@@ -274,3 +274,12 @@ def test_what_does_not_fit_is_refused(change, message):
     given = {"mean": case.mean, "factor": None, "gates": case.gates}
     with pytest.raises(ValueError, match=message):
         mean_gate_distance(case, case.old, case.new, **(given | change))
+
+
+@pytest.mark.parametrize("function", [lambda x: x * x, lambda x: x / x.sum(1, keepdim=True)])
+def test_functions_of_the_input_that_are_not_linear_are_refused(function):
+    case = Case(chain(), (8,))
+    with pytest.raises(NotImplementedError, match=r"mul|div"):
+        mean_gate_moments(
+            lambda p, x: case(p, function(x)), case.old, case.new, case.mean, case.factor, case.gates
+        )  # fmt: skip
