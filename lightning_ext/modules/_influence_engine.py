@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from lightning_ext.functional import (
     GGNOperator,
     InfluenceObjective,
+    LayerGradients,
     ParameterView,
     SampleGradients,
     SolveInfo,
@@ -279,23 +280,53 @@ class Engine:
 
     # -- scoring -----------------------------------------------------------------------------------------------------
 
+    @property
+    def factored(self) -> bool:
+        """Whether scores are inner products of gradients that need not be written out."""
+        written_out = self.losses.fallback or self.measurements.fallback
+        return self.options.solver == "identity" and not self.solves_batches and not written_out
+
     def query_gradients(self, batches: Iterable[Any]) -> Tensor:
         """Gradients ``(Q, D)`` of the measurements."""
-        found, check = [], TargetCheck(self.base, self.objective)
+        gradients = torch.cat([rows.explicit() for rows in self._query_factors(batches)])
+        self._doubt_saturated((gradients == 0).all(1))
+        return gradients
+
+    def query_factors(self, batches: Iterable[Any]) -> list[LayerGradients]:
+        """The same, not written out."""
+        found = self._query_factors(batches)
+        self._doubt_saturated(torch.cat([rows.norms() for rows in found]) == 0)
+        return found
+
+    def _query_factors(self, batches: Iterable[Any]) -> list[LayerGradients]:
+        found: list[LayerGradients] = []
+        check = TargetCheck(self.base, self.objective)
         for number, batch in enumerate(batches):
             try:
                 if not callable(self.objective.measurement):  # else it may do with targets of any kind
                     check(batch)
-                found.append(self.measurements.explicit(batch))
+                found += self.measurements.parts(batch)
             except ValueError as error:
                 raise ValueError(f"In batch {number} of the queries, {error}") from error
-        gradients = torch.cat(found)
-        saturated = (gradients == 0).all(1).nonzero().flatten().tolist()
-        if saturated:
+        return found
+
+    @staticmethod
+    def _doubt_saturated(flat: Tensor) -> None:
+        if bool(flat.any()):
             rank_zero_warn(
-                f"The measurement has no gradient at queries {saturated[:20]}: their scores are 0 for every sample."
+                f"The measurement has no gradient at queries {flat.nonzero().flatten().tolist()[:20]}: their scores "
+                "are 0 for every sample."
             )
-        return gradients
+
+    def products(self, batch: Any, factors: Sequence[LayerGradients]) -> Tensor:
+        """Inner products ``(Q, B)`` of the queries' gradients with those of a batch, over the number of samples."""
+        columns = []
+        for part in self.losses.parts(batch):
+            if self.losses.fallback:  # found out on the way: these are rows of another layout
+                columns.append(part.project(torch.cat([rows.explicit() for rows in factors])))
+            else:
+                columns.append(torch.cat([rows.dot(part) for rows in factors]))
+        return torch.cat(columns, 1) / self.num_train
 
     def pairwise(self, batch: Any, queries: Tensor, solved: Tensor) -> Tensor:
         """Removal effects ``(Q, B)`` of a batch, from the measurements' gradients and these solved."""

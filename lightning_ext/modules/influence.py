@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from lightning_ext._lightning import LightningModule, MisconfigurationException, refuse_sharded
 from lightning_ext.data import RowStore
-from lightning_ext.functional import InfluenceObjective, ParameterView, batch_size, differentiable
+from lightning_ext.functional import InfluenceObjective, LayerGradients, ParameterView, batch_size, differentiable
 from lightning_ext.modules._influence_data import Shard, plain
 from lightning_ext.modules._influence_engine import Engine, Options, state_of
 from lightning_ext.modules._influence_identity import digest
@@ -140,8 +140,9 @@ class InfluenceModule(LightningModule):
             fisher,
         )  # fmt: skip
         self._table: ScoreTable | None = None
-        self.solved: Tensor | None = None
+        self._solved: Tensor | None = None
         self._query_gradients: Tensor | None = None
+        self._factors: list[LayerGradients] | None = None
         self._engine: Engine | None = None
         self._key: Any = None
         self._round = self._rounds = 0
@@ -153,6 +154,13 @@ class InfluenceModule(LightningModule):
         Where another process solved, as under strategies that fork, or nobody had to: what stands in ``output_dir``.
         """
         return told(self.output_dir) if self._engine is None else dict(self._engine.report)
+
+    @property
+    def solved(self) -> Tensor | None:
+        """The queries' gradients times the inverse curvature, ``(Q, D)``, of the last run that had to solve."""
+        if self._factors is not None:
+            return torch.cat([rows.explicit() for rows in self._factors])
+        return self._solved
 
     @property
     def store(self) -> RowStore | None:
@@ -249,9 +257,11 @@ class InfluenceModule(LightningModule):
                 return engine.losses.explicit(batch)
             if mode == "self":
                 return engine.own(batch)[:, None]
+            if self._factors is not None:
+                return engine.products(batch, self._factors).mT
             assert self._query_gradients is not None
-            assert self.solved is not None
-            return engine.pairwise(batch, self._query_gradients, self.solved).mT
+            assert self._solved is not None
+            return engine.pairwise(batch, self._query_gradients, self._solved).mT
 
     def _positions(self, batch_idx: int, batch: Any) -> Tensor:
         loader: Any = self.trainer.predict_dataloaders
@@ -279,10 +289,13 @@ class InfluenceModule(LightningModule):
             if self._table.complete:
                 engine.report |= self._table.store.report
                 batches = []
-        if batches:
+        self._factors = None
+        if batches and engine.factored:
+            self._factors, _ = engine.query_factors(batches), engine.inverse  # which writes the report
+        elif batches:
             self._solve_queries(engine, batches)
-        else:
-            self._query_gradients = self.solved = None
+        if not batches or self._factors is not None:
+            self._query_gradients = self._solved = None
         if self._table is not None:
             self._table.tell(engine.report)
 
@@ -397,8 +410,8 @@ class InfluenceModule(LightningModule):
 
     def _solve_queries(self, engine: Engine, batches: list[Any]) -> Tensor:
         queries = engine.query_gradients(batches)
-        if self._query_gradients is None or self.solved is None or engine.solved_for != digest(queries):
-            self.solved = engine.solve_replicated(queries)
+        if self._query_gradients is None or self._solved is None or engine.solved_for != digest(queries):
+            self._solved = engine.solve_replicated(queries)
             self._query_gradients = queries
             engine.solved_for = digest(queries)
-        return self.solved
+        return self._solved

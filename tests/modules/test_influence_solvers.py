@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_ext.functional import ConvergenceWarning, InfluenceObjective, Projection
+from lightning_ext.functional import ConvergenceWarning, InfluenceObjective, LayerGradients, Projection
 from lightning_ext.modules import InfluenceModule, _influence_inverse
 from tests.modules import influence_reference as ref
 from tests.modules.influence_reference import Dense, N, classes, close, loader, network, numbers
@@ -82,6 +82,23 @@ def test_factors_of_an_empirical_fisher_matrix_are_refused(solver):
 def test_identity_is_the_inner_product_of_gradients(dense):
     wanted = dense.gradients(*ref.queries()[0]) @ dense.gradients().mT / N
     close(influence(solver="identity").scores(loader(classes())), wanted)
+
+
+def test_inner_products_of_gradients_write_no_gradient_out(dense, monkeypatch):
+    module = influence(solver="identity")
+    with monkeypatch.context() as patched:
+        patched.setattr(LayerGradients, "explicit", lambda self: pytest.fail("written out"))
+        found = module.scores(loader(classes()))
+    close(module.solved, dense.gradients(*ref.queries()[0]))  # on request
+    close(module.solved @ dense.gradients().mT / N, found)
+    assert module.report["solver"] == "identity"
+
+
+@pytest.mark.parametrize("normalize", ["parameter", "loss"])
+def test_relative_inner_products_of_gradients(dense, normalize):
+    gradients = dense.gradients()
+    wanted = dense.gradients(*ref.queries()[0]) @ gradients.mT / N / gradients.norm(dim=1)
+    close(influence(solver="identity", normalize=normalize).scores(loader(classes())), wanted, rtol=1e-6)
 
 
 def test_a_sketch_of_full_rank_is_exact(exact):
