@@ -134,6 +134,7 @@ class LAFTREstimator(FunctionSpaceEstimator):
 
     def _fit(self, module: nn.Module, batches: Iterable[Any], reduce: Reduce | None) -> None:
         statistics, hessians, gathered = None, None, Gathered()
+        sites: Sequence[ActivationSite]
         for batch in batches:
             x, sites = self.inputs_of(batch), ()
             if statistics is None or self.mode != "relu":  # which needs the shapes alone
