@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Subset, TensorDataset, default_collate
 
 from lightning_ext.modules._influence_input import check_loader
 
@@ -43,6 +43,8 @@ class Shard:
         found = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)  # else the mean of what it makes
         self.batch_size = int(found or max(1, self.num_samples // max(1, len(loader.batch_sampler))))
         self._indices = list(range(rank, self.num_samples, world))
+        own = getattr(type(self.dataset), "__getitem__", None) is TensorDataset.__getitem__
+        self._at_once = own and self._collate is default_collate  # tensors: one look-up, and no stacking of samples
 
     def __len__(self) -> int:
         return -(-len(self._indices) // self.batch_size)
@@ -54,9 +56,9 @@ class Shard:
 
     def indexed(self) -> Iterator[tuple[Tensor, Any]]:
         """Positions and batches."""
-        batches = self._loader(self._indices, batch_size=self.batch_size, num_workers=self._workers)
-        for i, batch in enumerate(batches):
-            part = self._indices[i * self.batch_size : (i + 1) * self.batch_size]
+        parts = [self._indices[i : i + self.batch_size] for i in range(0, len(self._indices), self.batch_size)]
+        batches: Any = self._loader(self._indices, batch_size=self.batch_size, num_workers=self._workers)
+        for part, batch in zip(parts, map(self._rows, parts) if self._at_once else batches, strict=True):
             yield torch.tensor(part), self._checked(batch, part)
         self._check = None
 
@@ -70,7 +72,12 @@ class Shard:
             raise ValueError(
                 f"Samples must lie in 0 to {self.num_samples - 1}, at least one; got {list(indices)[:20]}."
             )
+        if self._at_once:
+            return self._checked(self._rows(list(indices)), indices)
         return self._checked(next(iter(self._loader(list(indices), batch_size=len(indices)))), indices)
+
+    def _rows(self, indices: list[int]) -> list[Tensor]:
+        return list(self.dataset[indices])
 
     def _checked(self, batch: Any, positions: Sequence[int]) -> Any:
         batch = self._move(batch)

@@ -542,3 +542,32 @@ def test_scores_stay_finite_at_huge_gradients():
     data = TensorDataset(1e6 * x, t)
     found = matrix(predict(influence(), loader(data)))
     assert found.isfinite().all()
+
+
+def test_tensors_are_looked_up_at_once_and_everything_else_sample_by_sample():
+    class Own(TensorDataset):
+        def __getitem__(self, index):
+            assert isinstance(index, int)
+            return super().__getitem__(index)
+
+    def collate(samples):
+        return tuple(torch.stack(part) for part in zip(*samples, strict=True))
+
+    tensors = classes().tensors
+    kinds = {
+        "at once": loader(TensorDataset(*tensors)),
+        "own": loader(Own(*tensors)),
+        "collated": DataLoader(TensorDataset(*tensors), batch_size=5, collate_fn=collate),
+    }
+    shards = {name: Shard(each, lambda batch: batch, 1, 2) for name, each in kinds.items()}
+    assert [shard._at_once for shard in shards.values()] == [True, False, False]
+    found = {name: [(p.tolist(), *batch) for p, batch in shard.indexed()] for name, shard in shards.items()}
+    for name in ("own", "collated"):
+        for ours, theirs in zip(found["at once"], found[name], strict=True):
+            assert ours[0] == theirs[0]
+            assert all(torch.equal(a, b) for a, b in zip(ours[1:], theirs[1:], strict=True))
+    before = tensors[0].clone()
+    for _, batch in shards["at once"].indexed():
+        batch[0].zero_()
+    assert torch.equal(tensors[0], before)  # a copy, as the loader's
+    assert type(shards["at once"].get([2, 0])) is type(shards["own"].get([2, 0])) is list
