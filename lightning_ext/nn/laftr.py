@@ -3,13 +3,14 @@
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_ext.functional import Substitution, evaluating, output_divergence, seeded_generator
+from lightning_ext.functional import Substitution, evaluating, map_tensors, output_divergence, seeded_generator
 
 __all__ = ["FunctionSpaceEstimator", "MeanDistance"]
 
@@ -20,6 +21,11 @@ Reduce = Callable[[Tensor], Tensor]
 def _plain_call(module: Any, x: Any) -> Tensor:
     outputs: Tensor = module(x)
     return outputs
+
+
+def _on_copies(forward: Callable[[Any, Any], Tensor], module: Any, x: Any) -> Tensor:
+    """Some networks write into their inputs, which the next pass, or the memory, needs as they were."""
+    return forward(module, map_tensors(Tensor.clone, x))
 
 
 class FunctionSpaceEstimator(nn.Module):
@@ -61,7 +67,7 @@ class FunctionSpaceEstimator(nn.Module):
         super().__init__()
         output_divergence(torch.zeros(1, 2), torch.zeros(1, 2), divergence)  # knows the names
         self.divergence, self.inputs, self.target, self.seed = divergence, inputs, target, seed
-        self._forward = _plain_call if forward is None else forward
+        self._forward = partial(_on_copies, _plain_call if forward is None else forward)
         self._reference: dict[str, Tensor] = {}
         self._kept: dict[str, Tensor] = {}
         self._facts: dict[str, Any] = {}

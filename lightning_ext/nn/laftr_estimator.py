@@ -21,6 +21,7 @@ from lightning_ext.functional import (
     output_divergence,
     sequential_layers,
 )
+from lightning_ext.functional.parameters import recomputation_refused
 from lightning_ext.nn._laftr_sums import Gathered, joined, packed, unpacked
 from lightning_ext.nn.laftr import FunctionSpaceEstimator, MeanDistance, Reduce, require_batches, widened
 
@@ -138,7 +139,7 @@ class LAFTREstimator(FunctionSpaceEstimator):
         for batch in batches:
             x, sites = self.inputs_of(batch), ()
             if statistics is None or self.mode != "relu":  # which needs the shapes alone
-                with RecordActivations(watch=statistics is None) as tape:
+                with RecordActivations(watch=statistics is None, own=self.values_of(module).values()) as tape:
                     outputs = self._forward(module, x)
                 sites = tape.sites
             if statistics is None:
@@ -296,8 +297,9 @@ class LAFTREstimator(FunctionSpaceEstimator):
 
     def _sites(self, module: nn.Module, x: Tensor) -> list[ActivationSite]:
         if self._templates is None:
-            with torch.no_grad(), RecordActivations() as tape:
-                self.reference_run(module, x[:1])
+            reference = self.reference_values(module)
+            with torch.no_grad(), RecordActivations(own=reference.values()) as tape:
+                self.run(module, reference, x[:1])
             self._templates = tape.sites
         return self._templates
 
@@ -314,9 +316,9 @@ class LAFTREstimator(FunctionSpaceEstimator):
     ) -> tuple[Tensor, Tensor]:
         """Outputs of the reference, and of the module with the reference's activations, on the same inputs."""
         reference, current = self.reference_values(module), self.parameters_of(module)  # modes slow every look at them
-        with torch.no_grad(), RecordActivations(given or (), watch=False) as tape:
+        with torch.no_grad(), RecordActivations(given or (), watch=False, own=reference.values()) as tape:
             old = self.run(module, reference, x)
-        with ReplayActivations(tape.sites):
+        with ReplayActivations(tape.sites, own=current.values()), recomputation_refused():
             new = self.run(module, current, x)
         return old, new
 

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import nn
 from torch.func import functional_call
 
@@ -316,3 +317,57 @@ def test_moments_of_the_inputs_need_one_pass_of_the_network():
     assert len(calls) == 1
     with pytest.raises(ValueError, match=r"shape \(B, 4\); got \(5, 3\)"):
         fitted("laftr", net, [*batches(), (torch.zeros(5, 3, dtype=torch.float64), torch.zeros(5).long())])
+
+
+class InPlace(nn.Sequential):
+    """Writes into what it is given."""
+
+    def forward(self, x):
+        return super().forward(x.sub_(1.0).mul_(2.0))
+
+
+@pytest.mark.parametrize("name", ["laftr", "laftr-sample", "coreset", "full", "ntk", "ewc", "kfac"])
+def test_networks_may_write_into_their_inputs(name):
+    net = InPlace(*network())
+    data = batches()
+    kept = [x.clone() for x, _ in data]
+    estimator = fitted(name, net, data)
+    assert all(torch.equal(x, before) for (x, _), before in zip(data, kept, strict=True))
+    for _ in range(3):
+        assert estimator.distance(net).abs() < 1e-12
+
+
+def test_functions_of_parameters_are_each_networks_own():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.raw = network(), nn.Parameter(torch.zeros(4, dtype=torch.float64))
+
+        def forward(self, x):
+            return self.net(nn.functional.softplus(self.raw) * x)
+
+    net = Scaled()
+    other = copy.deepcopy(net)
+    with torch.no_grad():
+        other.raw += torch.tensor([2.0, -1.0, 0.5, 1.0], dtype=torch.float64)
+    estimator = fitted("laftr", net, divergence="mse", fixed_draws=True)
+    x, weights, *_ = estimator.reference_batches(net)
+
+    def forward(values, x):
+        return functional_call(net, values, (x,))
+
+    exact = gated_distance(
+        forward, dict(net.named_parameters()), dict(other.named_parameters()), x, divergence="mse", weights=weights
+    )
+    torch.testing.assert_close(estimator.distance(other), exact)
+
+
+def test_checkpointed_activations_are_refused():
+    class Checkpointed(nn.Sequential):
+        def forward(self, x):
+            return torch.utils.checkpoint.checkpoint(super().forward, x, use_reentrant=False)
+
+    net = Checkpointed(*network())
+    estimator = fitted("laftr", net)
+    with pytest.raises(RuntimeError, match="activation checkpointing"):
+        estimator.distance(moved(net))
