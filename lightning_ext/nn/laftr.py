@@ -268,8 +268,9 @@ class FunctionSpaceEstimator(nn.Module):
         plainly = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
         places = Substitution(module, plain_name)
         self._seen = module, places, places.values()
+        full = torch.autocast(_weight(module).device.type, enabled=False)
         try:
-            with evaluating(module), torch.autocast(_weight(module).device.type, enabled=False), plainly:
+            with _outside_inference(), evaluating(module), full, plainly:
                 yield
         finally:
             self._seen = None
@@ -327,6 +328,16 @@ class MeanDistance(FunctionSpaceEstimator):
             estimator.reseed(self._draws * len(self.estimators) + number)
         self._draws += 1
         return torch.stack([estimator.distance(module) for estimator in self.estimators]).mean()
+
+
+@contextmanager
+def _outside_inference() -> Iterator[None]:
+    """What is worked out in inference mode and kept could not be differentiated through later."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def plain_name(name: str) -> str:

@@ -371,3 +371,17 @@ def test_checkpointed_activations_are_refused():
     estimator = fitted("laftr", net)
     with pytest.raises(RuntimeError, match="activation checkpointing"):
         estimator.distance(moved(net))
+
+
+@pytest.mark.parametrize("name", ["laftr", "laftr-sample", "laftr-moments", "laftr-mean", "coreset", "ntk", "ewc"])
+def test_a_look_in_inference_mode_spoils_no_later_gradient(name):
+    net = network()
+    with torch.inference_mode():
+        data = [(x + 0, labels + 0) for x, labels in batches()]
+        estimator = fitted(name, net, data)
+        assert estimator.distance(moved(net)).isfinite()
+    other = moved(network())
+    with torch.inference_mode():
+        estimator.distance(other)
+    estimator.distance(other).backward()
+    assert all(parameter.grad is not None for parameter in other.parameters())
