@@ -5,6 +5,7 @@ estimate.
 """
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -132,7 +133,11 @@ def nwj_estimate(joint: Tensor, marginal: Tensor, ba_term: Tensor | float = 0.0)
 
 
 def mine_objective(
-    joint: Tensor, marginal: Tensor, log_average: Tensor | None = None, decay: float = 0.99
+    joint: Tensor,
+    marginal: Tensor,
+    log_average: Tensor | None = None,
+    decay: float = 0.99,
+    log_mean_over_ranks: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     r"""MINE's objective: the Donsker-Varadhan functional whose gradient divides by a moving average.
 
@@ -144,8 +149,10 @@ def mine_objective(
     Args:
         joint: T of joint pairs, ``(B,)``.
         marginal: T of independent pairs, of any shape.
-        log_average: :math:`\log \bar m` after the last batch; None before the first. Over ranks, their average.
+        log_average: :math:`\log \bar m` after the last batch; None or NaN before the first.
         decay: d, from 0 to below 1; with 0 the gradient is that of the functional itself.
+        log_mean_over_ranks: gives :math:`\log` of the mean over ranks of what a scalar is the logarithm of. With it the
+            gradient, averaged over ranks, is that of all their pairs together. Default: there is one rank.
 
     Returns:
         The objective, to be maximised, whose value is the functional's (not a bound) and whose gradient is as above;
@@ -161,8 +168,11 @@ def mine_objective(
         raise ValueError(f"decay must be at least 0 and below 1; got {decay}.")
     log_mean = log_mean_exp(marginal.flatten())
     now = log_mean.detach()
+    if log_mean_over_ranks is not None:
+        now = log_mean_over_ranks(now)
     if log_average is not None and decay > 0:
-        log_average = torch.logaddexp(log_average.to(now) + math.log(decay), now + math.log1p(-decay))
+        moved = torch.logaddexp(log_average.to(now) + math.log(decay), now + math.log1p(-decay))
+        log_average = torch.where(log_average.isnan(), now, moved)
     else:
         log_average = now
     share = (log_mean - log_average).exp()

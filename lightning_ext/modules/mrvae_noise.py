@@ -38,10 +38,14 @@ class AddressedNoise(LightningModule):
 
     def noise(self, like: Tensor) -> Tensor:
         """Standard normal numbers with the shape, dtype and device of a tensor, at the current address."""
+        return torch.randn(like.shape, generator=self.generator(like.device), device=like.device, dtype=like.dtype)
+
+    def generator(self, device: torch.device) -> torch.Generator:
+        """A generator at the current address, another one at each call."""
         epoch, stage, batch = self._address
-        generator = seeded_generator(self.seed, epoch, stage, batch, self._rank, self._draws, device=like.device)
+        found = seeded_generator(self.seed, epoch, stage, batch, self._rank, self._draws, device=device)
         self._draws += 1
-        return torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)
+        return found
 
     def set_address(self, stage: str, batch_idx: int) -> None:
         """Go to the noise of one batch; ``training_step`` and its siblings call it first.

@@ -31,11 +31,19 @@ from lightning_ext.nn.mutual_information import (
     check_deterministic,
 )
 from lightning_ext.nn.mutual_information_adapters import latent_model_from_pythae, latent_model_from_vae
+from lightning_ext.nn.mutual_information_critics import (
+    ConcatenatedCritic,
+    GaussianProposal,
+    PairCritic,
+    QuadraticCritic,
+    SeparableCritic,
+)
 from lightning_ext.nn.mutual_information_known import FiniteModel, LinearGaussianModel
 
 __all__ = [
     "MLP",
     "BernoulliDecoderModel",
+    "ConcatenatedCritic",
     "CoresetEstimator",
     "DistributionModel",
     "EWCEstimator",
@@ -44,6 +52,7 @@ __all__ = [
     "FunctionSpaceEstimator",
     "GatedFiLM",
     "GaussianDecoderModel",
+    "GaussianProposal",
     "KFACEstimator",
     "L2Estimator",
     "LAFTREstimator",
@@ -57,14 +66,17 @@ __all__ = [
     "MLPEncoder",
     "MeanDistance",
     "NTKEstimator",
+    "PairCritic",
     "PosteriorGate",
     "Proposal",
+    "QuadraticCritic",
     "RateConditioner",
     "RateContext",
     "RateFiLM",
     "RateGate",
     "ResNetDecoder",
     "ResNetEncoder",
+    "SeparableCritic",
     "check_deterministic",
     "convert_to_multirate",
     "dry_run",

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 __all__ = ["MLP"]
 
-_ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "gelu": nn.GELU}
+ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "gelu": nn.GELU}
 
 
 class MLP(nn.Module):
@@ -38,14 +38,14 @@ class MLP(nn.Module):
         super().__init__()
         if len(sizes) < 2:
             raise ValueError(f"sizes must name at least the input's and the output's width; got {list(sizes)}.")
-        if activation not in _ACTIVATIONS:
-            raise ValueError(f"activation must be one of {', '.join(map(repr, _ACTIVATIONS))}; got {activation!r}.")
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}; got {activation!r}.")
         layers: list[nn.Module] = [nn.Flatten()]
         *inner, last = itertools.pairwise(sizes)
         for width, next_width in inner:
             layers.append(nn.Linear(width, next_width))
             layers += [nn.BatchNorm1d(next_width)] if batch_norm else []
-            layers.append(_ACTIVATIONS[activation]())
+            layers.append(ACTIVATIONS[activation]())
             layers += [nn.Dropout(dropout)] if dropout else []
         self.layers = nn.Sequential(*layers, nn.Linear(*last))
 

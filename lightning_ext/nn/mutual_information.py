@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.distributions import Distribution
+from torch.distributions import Distribution, Independent, Normal
 
 from lightning_ext.functional import AnnealingPath, DiagonalGaussian
 from lightning_ext.nn.mrvae_convert import posterior_parameters, reconstruction_parameters
@@ -41,6 +41,9 @@ class Proposal:
     @classmethod
     def of(cls, distribution: Distribution) -> "Proposal":
         """A distribution whose batch and event shapes make up ``(B, d)``."""
+        plain = distribution.base_dist if isinstance(distribution, Independent) else distribution
+        if type(plain) is Normal and plain.loc.ndim:
+            return cls.gaussian(plain.loc.detach(), plain.scale.detach())
 
         def density(z: Tensor) -> Tensor:
             found = distribution.log_prob(z)
