@@ -149,7 +149,7 @@ def mine_objective(
     Args:
         joint: T of joint pairs, ``(B,)``.
         marginal: T of independent pairs, of any shape.
-        log_average: :math:`\log \bar m` after the last batch; None or NaN before the first.
+        log_average: :math:`\log \bar m` after the last batch; None before the first.
         decay: d, from 0 to below 1; with 0 the gradient is that of the functional itself.
         log_mean_over_ranks: gives :math:`\log` of the mean over ranks of what a scalar is the logarithm of. With it the
             gradient, averaged over ranks, is that of all their pairs together. Default: there is one rank.
@@ -171,8 +171,7 @@ def mine_objective(
     if log_mean_over_ranks is not None:
         now = log_mean_over_ranks(now)
     if log_average is not None and decay > 0:
-        moved = torch.logaddexp(log_average.to(now) + math.log(decay), now + math.log1p(-decay))
-        log_average = torch.where(log_average.isnan(), now, moved)
+        log_average = torch.logaddexp(log_average.to(now) + math.log(decay), now + math.log1p(-decay))
     else:
         log_average = now
     share = (log_mean - log_average).exp()

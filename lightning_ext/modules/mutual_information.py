@@ -170,7 +170,7 @@ class CriticModule(PairModule):
     negative objective of a batch, which is an estimate of the information for infonce alone.
 
     Distributed: objectives that are logarithms of means (dv, mine) take them over all ranks, so that gradients are
-    those of all pairs; which x meet which z is up to ``gather_negatives``.
+    those of all pairs; which x meet which z is up to ``gather_negatives``. Checkpoints hold mine's average.
 
     Source: van den Oord et al. 2018 (arXiv:1807.03748); Belghazi et al. 2018 (arXiv:1801.04062); Nguyen et al. 2010
     (arXiv:0809.0853); Hjelm et al. 2019 (arXiv:1808.06670); Song & Ermon 2020 (arXiv:1910.06222).
@@ -180,7 +180,7 @@ class CriticModule(PairModule):
     -0.0
     """
 
-    log_average: Tensor
+    _log_average: Tensor | None = None
 
     def __init__(
         self,
@@ -209,7 +209,6 @@ class CriticModule(PairModule):
         self.critic = critic
         self.objective, self.num_negatives, self.gather_negatives = objective, num_negatives, gather_negatives
         self.ema, self.clip = (ema if objective == "mine" else 0.0), clip
-        self.register_buffer("log_average", torch.tensor(torch.nan))
 
     def scores(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         """T of the joint pairs, ``(B,)``, and of each x with M other z, ``(M, B)``."""
@@ -238,9 +237,9 @@ class CriticModule(PairModule):
             return -nwj_estimate(joint, negatives)
         if self.objective in ("js", "smile"):
             return -jensen_shannon_objective(joint, negatives)
-        value, _, average = mine_objective(joint, negatives, self.log_average, self.ema, self.log_mean_over_ranks)
-        if self.training:
-            self.log_average.copy_(average)
+        value, _, self._log_average = mine_objective(
+            joint, negatives, self._log_average, self.ema, self.log_mean_over_ranks
+        )
         return -value
 
     def measure(self, x: Tensor, z: Tensor) -> None:
@@ -259,6 +258,17 @@ class CriticModule(PairModule):
         """T of each pair, ``(B,)``."""
         found: Tensor = self.critic(*self._pair(batch))
         return found
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep mine's average."""
+        super().on_save_checkpoint(checkpoint)
+        if self._log_average is not None:
+            checkpoint["lightning_ext_log_average"] = self._log_average
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take it up."""
+        super().on_load_checkpoint(checkpoint)
+        self._log_average = checkpoint.get("lightning_ext_log_average")
 
     def _pool(self, z: Tensor) -> tuple[Tensor, int]:
         """The latents that each x may meet, and where this rank's begin."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from lightning_ext._lightning import refuse_sharded
 from lightning_ext.data import IndexedBatch
 from lightning_ext.functional import hmc_transition
 from lightning_ext.metrics import IBALEstimate
@@ -59,6 +60,7 @@ class MINEAISModule(PairModule):
 
     Raises:
         ValueError: an argument is out of range, or a network draws at random or looks at its batch.
+        MisconfigurationException: the strategy shards parameters.
 
     Logged: ``mutual_information/ibal/lower`` (certified) and ``mutual_information/ibal_forward/estimate`` in nats, each
     with ``/stderr``, in the test and, if asked for, in validation. In training, and in validation of fresh chains,
@@ -116,8 +118,9 @@ class MINEAISModule(PairModule):
         return super().get_pair(batch.batch if isinstance(batch, IndexedBatch) else batch)
 
     def setup(self, stage: str) -> None:
-        """Refuse densities that change from call to call."""
+        """Refuse densities that change from call to call, and sharded parameters."""
         super().setup(stage)
+        refuse_sharded(self.trainer, type(self).__name__, "runs chains on the critic outside of the strategy's wrapper")
         if stage == "fit":
             check_deterministic(self)
 

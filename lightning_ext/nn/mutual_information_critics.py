@@ -34,17 +34,22 @@ class PairCritic(nn.Module):
 
         Args:
             x: ``(B, *event)``.
-            z: ``(..., B, d)``.
+            z: ``(..., B, d)``; or ``(..., 1, d)``, latents for all data points.
 
         Returns:
             ``(..., B)``.
 
         Raises:
-            ValueError: If z has no latents for each x, or ``score`` gives another shape.
+            ValueError: If z has another number of latents, or ``score`` gives another shape.
         """
-        if z.ndim < 2 or z.shape[-2] != len(x):
+        if z.ndim < 2 or z.shape[-2] not in (1, len(x)):
             raise ValueError(f"z must have shape (..., {len(x)}, d), latents of each data point; got {tuple(z.shape)}.")
-        return self._scored(self.embed(x), z, z.shape[:-1])
+        found, shape = self.score(self.embed(x), z), (*z.shape[:-2], len(x))
+        if found.shape != shape:
+            raise ValueError(
+                f"{type(self).__name__}.score must give one number per pair, {shape}; got {tuple(found.shape)}."
+            )
+        return found
 
     def matrix(self, x: Tensor, z: Tensor) -> Tensor:
         """T of all data points with all latents.
@@ -58,15 +63,8 @@ class PairCritic(nn.Module):
         """
         if z.ndim != 2:
             raise ValueError(f"z must have shape (C, d); got {tuple(z.shape)}.")
-        return self._scored(self.embed(x), z.unsqueeze(1), (len(z), len(x))).mT
-
-    def _scored(self, embedded: Tensor, z: Tensor, shape: Sequence[int]) -> Tensor:
-        found = self.score(embedded, z)
-        if found.shape != torch.Size(shape):
-            raise ValueError(
-                f"{type(self).__name__}.score must give one number per pair, {tuple(shape)}; got {tuple(found.shape)}."
-            )
-        return found
+        found: Tensor = self(x, z.unsqueeze(1))
+        return found.mT
 
 
 class SeparableCritic(PairCritic):
@@ -184,7 +182,7 @@ class QuadraticCritic(PairCritic):
         self.coupling = nn.Parameter(torch.zeros(x_dim, z_dim))
         self.z_log_curvature = nn.Parameter(torch.zeros(z_dim))
         self.x_log_curvature = nn.Parameter(torch.zeros(x_dim))
-        self.offset = nn.Parameter(torch.zeros(()))
+        self.offset = nn.Parameter(torch.zeros(1))
 
     def embed(self, x: Tensor) -> Tensor:
         r""":math:`x^\top A`, and what x adds by itself."""

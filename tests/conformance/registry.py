@@ -15,6 +15,7 @@ from tests.conformance import (
     influence_responses,
     laftr_regularizers,
     mutual_information_batches,
+    pair_modules,
     toys,
 )
 from tests.conformance.entry import Entry
@@ -45,6 +46,8 @@ NOT_COMPONENTS = {
     "FiniteModel": "a LatentModel without parameters; tests/nn/test_mutual_information_known.py",
     "LinearGaussianModel": "a LatentModel without parameters; tests/nn/test_mutual_information_known.py",
     "Proposal": "two functions; tests/nn/test_mutual_information.py draws from every kind",
+    "ImplicitBound": "a dataclass of tensors that measure_implicit_bound returns",
+    "PairCritic": "abstract: ConcatenatedCritic, QuadraticCritic and SeparableCritic are it",
     "MutualInformationMeasurement": "a dataclass of tensors that measure_mutual_information returns",
     "RateConditioner": "abstract: RateGate, RateFiLM, LogVarianceGate, PosteriorGate and GatedFiLM are it",
 }
@@ -499,7 +502,110 @@ _MUTUAL_INFORMATION = [
     ),
 ]
 
+_PAIRS = {"dataset": pair_modules.pairs}
+_DRAWS = "ranks draw samples of their own"
+
+_PAIR_MODULES = [
+    *(
+        Entry(
+            ["CriticModule"],
+            "module",
+            lambda objective=objective: modules.CriticModule(
+                pair_modules.critic(), objective, gather_negatives=True, optimizer=pair_modules.SGD
+            ),
+            label=f"CriticModule-{objective}",
+            networks=("critic",),
+            skip={"cli_recipe": _NO_RECIPE},
+            **_PAIRS,
+        )
+        for objective in ("infonce", "dv", "mine", "nwj", "js", "smile")
+    ),
+    Entry(
+        ["CriticModule"],
+        "module",
+        lambda: modules.CriticModule(pair_modules.critic(), num_negatives=1),
+        label="CriticModule-one-negative",
+        networks=("critic",),
+        skip={"cli_recipe": _NO_RECIPE, "ddp_equals_one_process": "each x meets its neighbour on its rank"},
+        **_PAIRS,
+    ),
+    Entry(
+        ["BarberAgakovModule"],
+        "module",
+        lambda: modules.BarberAgakovModule(pair_modules.proposal()),
+        label="BarberAgakovModule-lower",
+        networks=("lower",),
+        skip={"cli_recipe": _NO_RECIPE},
+        **_PAIRS,
+    ),
+    Entry(
+        ["BarberAgakovModule"],
+        "module",
+        pair_modules.barber_agakov,
+        networks=("lower", "upper"),
+        skip={"cli_recipe": _NO_RECIPE, "ddp_equals_one_process": _DRAWS},
+        **_PAIRS,
+    ),
+    *(
+        Entry(
+            ["GIWAEModule"],
+            "module",
+            lambda detach=detach: modules.GIWAEModule(
+                pair_modules.proposal(), pair_modules.critic(), num_samples=4, detach_negatives=detach
+            ),
+            label=f"GIWAEModule{'-detached' if detach else ''}",
+            networks=("proposal", "critic"),
+            skip={"cli_recipe": _NO_RECIPE, "ddp_equals_one_process": _DRAWS},
+            **_PAIRS,
+        )
+        for detach in (False, True)
+    ),
+    *(
+        Entry(
+            ["MINEAISModule"],
+            "module",
+            lambda chosen=chosen, proposal=proposal: modules.MINEAISModule(
+                pair_modules.critic(), proposal and proposal(), **chosen, **pair_modules.CHAINS
+            ),
+            label=f"MINEAISModule-{chosen['chain_init']}",
+            networks=("critic",) if proposal is None else ("critic", "proposal"),
+            dataset=dataset,
+            skip={
+                "cli_recipe": _NO_RECIPE,
+                "ddp_equals_one_process": _DRAWS,
+                "fsdp_shards": "refused by name; tests/modules/test_mutual_information_mine_ais.py",
+            },
+        )
+        for chosen, proposal, dataset in (
+            ({"chain_init": "data"}, None, pair_modules.pairs),
+            ({"chain_init": "base", "measure_in_validation": True}, pair_modules.proposal, pair_modules.pairs),
+            ({"chain_init": "persistent"}, pair_modules.proposal, pair_modules.indexed_pairs),
+        )
+    ),
+]
+
 _NN = [
+    *(
+        Entry(
+            [kind],
+            "nn",
+            build,
+            inputs=lambda: (torch.ones(3, pair_modules.X), torch.ones(3, pair_modules.Z)),
+            call=pair_modules.scores,
+        )
+        for kind, build in (
+            ("ConcatenatedCritic", pair_modules.critic),
+            ("SeparableCritic", pair_modules.separable),
+            ("QuadraticCritic", lambda: nn.QuadraticCritic(pair_modules.X, pair_modules.Z)),
+        )
+    ),
+    Entry(
+        ["GaussianProposal"],
+        "nn",
+        pair_modules.proposal,
+        inputs=lambda: (torch.ones(3, pair_modules.X),),
+        call=lambda module, inputs: module(*inputs).mean,
+    ),
     Entry(["MLP"], "nn", lambda: nn.MLP([6, 5, 2]), inputs=lambda: (torch.ones(3, 6),)),
     Entry(["MLPEncoder"], "nn", lambda: nn.MLPEncoder([6], [5], 2), inputs=lambda: (torch.ones(3, 6),)),
     Entry(["MLPDecoder"], "nn", lambda: nn.MLPDecoder(2, [5], [6]), inputs=lambda: (torch.ones(3, 2),)),
@@ -569,6 +675,7 @@ REGISTRY = [
     *_DATA,
     *_METRICS,
     *_MUTUAL_INFORMATION,
+    *_PAIR_MODULES,
     *_NN,
 ]
 
