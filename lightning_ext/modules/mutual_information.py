@@ -57,7 +57,7 @@ class BarberAgakovModule(PairModule):
 
     Logged: ``mutual_information/ba/lower`` and ``/upper`` in nats, each with its standard error (``/stderr``, or
     ``/lower_stderr`` and so on with ``/gap`` where there are both), in validation and test; ``train/loss``, the upper
-    bound less the lower one up to constants.
+    bound less the lower one and less the mean log-likelihood of the pairs, which training does not change.
 
     Source: Barber & Agakov 2003; Brekelmans et al. 2022 (arXiv:2303.06992).
 
@@ -98,7 +98,7 @@ class BarberAgakovModule(PairModule):
         """What each side lacks."""
         terms = []
         if self.lower is not None:
-            terms.append(-self._lower(x, z)[0])
+            terms.append(-barber_agakov_lower(*self._lower(x, z)))
         if self.upper is not None:
             terms.append(-self._upper_weight(x))
         return torch.stack([term.mean() for term in terms]).sum()
