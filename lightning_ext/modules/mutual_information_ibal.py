@@ -160,13 +160,14 @@ def measure_implicit_bound(
         num_chains, num_steps, num_leapfrog, schedule, delta, target_accept, pilot_rounds, chunk_size
     )
     found = anneal(critic, x, z, proposal, prior, options, seed=seed, progress=progress)
-    certified, forward = IBALEstimate().to(z.device), IBALEstimate("forward").to(z.device)
+    certified = IBALEstimate(key_prefix="certified/").to(z.device)
+    forward = IBALEstimate("forward", key_prefix="forward estimate/").to(z.device)
     found.update(certified, forward)
     sandwich = MutualInformationSandwich({"ibal": certified, "ibal_forward": forward}, compute_groups=False)
-    lower, estimate = certified.compute(), forward.compute()
+    known = sandwich.compute()
     values = {
-        "lower": lower["lower"], "lower_stderr": lower["stderr"],
-        "estimate": estimate["estimate"], "estimate_stderr": estimate["stderr"],
+        "lower": known["certified/lower"], "lower_stderr": known["certified/stderr"],
+        "estimate": known["forward estimate/estimate"], "estimate_stderr": known["forward estimate/stderr"],
         "accept": found.weights.accept, "divergent": found.weights.divergent,
     }  # fmt: skip
     return ImplicitBound(values, found.step_sizes, sandwich)

@@ -282,7 +282,7 @@ def test_predict_gives_the_critic():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"objective": "nce"}, "objective must be one of infonce, dv, mine, nwj, js, smile; got 'nce'"),
+        ({"objective": "contrast"}, "objective must be one of infonce, dv, mine, nwj, js, smile; got 'contrast'"),
         ({"num_negatives": 0}, "num_negatives must be at least 1, or None; got 0"),
         ({"ema": 1.0}, "ema must be at least 0 and below 1; got 1.0"),
         ({"clip": 0.0}, "clip must be positive, or None; got 0.0"),
