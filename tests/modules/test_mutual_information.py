@@ -17,7 +17,7 @@ from lightning_ext.functional import (
 )
 from lightning_ext.modules import BarberAgakovModule, CriticModule
 from lightning_ext.nn import GaussianDecoderModel, GaussianProposal, LinearGaussianModel, QuadraticCritic
-from tests.modules.pairs import correlated, loader, trainer
+from tests.modules.pairs import correlated, loader, on_two_ranks, trainer
 
 ADAM = functools.partial(torch.optim.Adam, lr=0.03)
 
@@ -270,6 +270,21 @@ def test_smile_clips_what_it_measures():
     assert values[0]["mutual_information/smile/estimate"] > values[1]["mutual_information/smile/estimate"] + 1
     joint = critic(x, z).mean().item()
     assert abs(values[0]["mutual_information/smile/estimate"] - joint) <= 1 + 1e-4  # log E clip is within the clip
+
+
+@pytest.mark.ddp
+@pytest.mark.parametrize(("gather", "others"), [(True, 7), (False, 3)])
+def test_under_ddp_each_x_meets_the_latents_of_its_rank_or_of_all(tmp_path, gather, others):
+    class Counts(QuadraticCritic):
+        seen = 0
+
+        def score(self, embedded, z):
+            self.seen = z.shape[0]
+            return super().score(embedded, z)
+
+    module = CriticModule(Counts(1, 1), gather_negatives=gather)
+    pairs = loader(*correlated(16), batch_size=4)
+    assert on_two_ranks(module, pairs, tmp_path, lambda m: m.critic.seen) == [others + 1] * 2
 
 
 def test_predict_gives_the_critic():

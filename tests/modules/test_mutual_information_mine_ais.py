@@ -10,8 +10,8 @@ from torch import nn
 from lightning_ext._lightning import MisconfigurationException, Trainer
 from lightning_ext.data import IndexedDataset
 from lightning_ext.modules import MINEAISModule, measure_implicit_bound
-from lightning_ext.nn import GaussianProposal, QuadraticCritic
-from tests.modules.pairs import correlated, loader, trainer
+from lightning_ext.nn import ConcatenatedCritic, GaussianProposal, QuadraticCritic
+from tests.modules.pairs import correlated, loader, on_two_ranks, trainer
 
 A, B, C, RHO = 2.0, 1.0, 1.5, 0.9
 
@@ -121,6 +121,30 @@ def test_persistent_chains_go_on_where_they_ended(tmp_path):
     assert torch.equal(again.chains, module.chains)
     with pytest.raises(ValueError, match=r"needs to know which pairs a batch holds; got list.*IndexedDataset"):
         trainer().fit(MINEAISModule(critic(), chain_init="persistent"), loader(x, z))
+
+
+@pytest.mark.ddp
+def test_ranks_keep_all_chains_and_one_step_size(tmp_path):
+    module = MINEAISModule(critic(), chain_init="persistent", num_transitions=1, seed=0)
+    pairs = loader(*correlated(24), batch_size=4, wrap=IndexedDataset)
+    (chains, step), (others, other) = on_two_ranks(module, pairs, tmp_path, lambda m: (m.chains, m.step_size))
+    assert chains.shape == (24, 1)
+    assert chains.isfinite().all()
+    assert torch.equal(chains, others)
+    assert torch.equal(step, other)
+    assert step != 0.1
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_chains_run_in_full_precision_whatever_the_trainers(enabled):
+    module = MINEAISModule(ConcatenatedCritic(1, 1, [8]), seed=0)
+    x, z = correlated(16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+        ends, accept = module.sample(x, z, z)
+    module.set_address("train", 0)
+    again, same = module.sample(x, z, z)
+    assert torch.equal(ends, again)
+    assert accept == same
 
 
 def test_training_learns_more_than_the_logarithm_of_a_batch():
