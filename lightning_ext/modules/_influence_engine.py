@@ -25,7 +25,6 @@ from lightning_ext.functional import (
     influence_scores,
     leave_out_step,
     relative_influence,
-    seeded_generator,
     select,
     self_influence,
 )
@@ -33,7 +32,7 @@ from lightning_ext.modules._influence_data import Shard
 from lightning_ext.modules._influence_identity import described, digest, sum_of_digests
 from lightning_ext.modules._influence_input import TargetCheck
 from lightning_ext.modules._influence_inverse import BLOCK_BYTES, BLOCKS, INVERSES, build_inverse, chosen_solver
-from lightning_ext.modules._influence_problem import OPERATORS, Inverse, Problem, chosen_fisher, sample_traces
+from lightning_ext.modules._influence_problem import OPERATORS, Inverse, Problem
 from lightning_ext.modules._influence_source import CurvatureSource
 
 
@@ -65,12 +64,13 @@ class Options:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
         if not 0 < self.tol < 1:
             raise ValueError(f"tol is a relative residual between 0 and 1; got {self.tol!r}.")
-        if self.normalize not in (None, "parameter", "loss"):
-            raise ValueError(f"normalize must be None, 'parameter' or 'loss'; got {self.normalize!r}.")
-        if self.curvature not in OPERATORS:
-            raise ValueError(f"curvature must be one of {', '.join(map(repr, OPERATORS))}; got {self.curvature!r}.")
-        if self.solver != "auto" and self.solver not in INVERSES:
-            raise ValueError(f"solver must be 'auto' or one of {', '.join(map(repr, INVERSES))}; got {self.solver!r}.")
+        known = {
+            "normalize": (None, "parameter", "loss"), "curvature": (*OPERATORS,), "solver": ("auto", *INVERSES),
+            "fisher": ("auto", "type2", "mc"),
+        }  # fmt: skip
+        for name, choices in known.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {getattr(self, name)!r}.")
         if self.rescale and self.curvature != "ggn":
             raise ValueError(f"rescale takes a sample's Gauss-Newton matrix away; curvature is {self.curvature!r}.")
 
@@ -88,6 +88,7 @@ class Engine:
         objective: what is asked of it.
         view: its chosen parameters.
         shard: this rank's part of the data.
+        check: looks at the queries' targets.
         options: what the user chose.
         rank: this process.
         world: number of processes that work together; they call every method together.
@@ -95,15 +96,17 @@ class Engine:
     """
 
     def __init__(
-        self, base: nn.Module, objective: InfluenceObjective, view: ParameterView, shard: Shard, options: Options,
-        rank: int = 0, world: int = 1, source: CurvatureSource | None = None,
+        self, base: nn.Module, objective: InfluenceObjective, view: ParameterView, shard: Shard, check: TargetCheck,
+        options: Options, rank: int = 0, world: int = 1, source: CurvatureSource | None = None,
     ) -> None:  # fmt: skip
-        self.base, self.objective, self.view, self.shard, self.options = base, objective, view, shard, options
+        self.base, self.objective, self.view, self.shard = base, objective, view, shard
+        self._check, self.options = check, options
         self.rank, self.world, self.num_samples = rank, world, shard.num_samples
         self.source = source or CurvatureSource(base, objective, shard, shard.num_samples)
         self.num_train = self.source.num_train
         self.losses = SampleGradients(base, objective, view)
-        self.measurements = SampleGradients(base, objective, view, quantity="measurement")
+        same = objective.measurement == "loss"
+        self.measurements = self.losses if same else SampleGradients(base, objective, view, quantity="measurement")
         self.report: dict[str, Any] = {}
         self.solved_for: str | None = None  # digest of the queries that were solved last
         self._inverse: Inverse | None = None
@@ -193,42 +196,24 @@ class Engine:
             bar.update(len(rows))
             return operator(rows)
 
-        outputs = self._outputs()
-        fisher = chosen_fisher(o.fisher, outputs)
-        damping = self._damping(operator, fisher)
         problem = Problem(
             module=source.module, objective=source.objective, view=self.view, shard=source.shard,
             curvature=o.curvature, semidefinite=source.semidefinite, operator=operator, product=product,
-            outputs=outputs, damping=damping, rank=o.rank, tol=o.tol, max_iterations=o.max_iterations, seed=o.seed,
-            reduce=reduce, rank_of_process=self.rank, world=self.world, fisher=fisher,
+            asked_damping=o.damping, weight_decay=o.weight_decay, asked_fisher=o.fisher, rank=o.rank, tol=o.tol,
+            max_iterations=o.max_iterations, seed=o.seed, reduce=reduce, rank_of_process=self.rank, world=self.world,
         )  # fmt: skip
-        method = chosen_solver(o.solver, problem)
-        if damping == 0 and not INVERSES[method].data_free and self.view.numel > source.shard.num_samples * outputs:
+        method, damping, samples = chosen_solver(o.solver, problem), problem.damping, source.shard.num_samples
+        if damping == 0 and not INVERSES[method].data_free and self.view.numel > samples * problem.outputs:
             raise ValueError(
                 f"damping and weight_decay are 0, and with {self.view.numel} parameters the curvature of "
-                f"{source.shard.num_samples} samples is singular. Give a positive damping."
+                f"{samples} samples is singular. Give a positive damping."
             )
         inverse = build_inverse(method, problem)
         self.report |= {
-            "solver": method, "curvature": o.curvature, "damping": damping, "samples": source.shard.num_samples,
+            "solver": method, "curvature": o.curvature, "damping": damping, "samples": samples,
             "parameters": self.view.numel, "iterations": None, "residual": None, "converged": None, **inverse.facts,
         }  # fmt: skip
         return inverse
-
-    def _outputs(self) -> int:
-        with torch.no_grad():
-            outputs = self.source.objective.outputs(self.source.module, self.source.shard.get([0]))
-        return int(outputs[0].numel())
-
-    def _damping(self, operator: Any, fisher: Literal["type2", "mc"]) -> float:
-        chosen = self.options.damping
-        if chosen == "auto":
-            if self.options.curvature == "hessian":
-                raise ValueError("damping='auto' is a tenth of the mean eigenvalue, which a Hessian may have below 0.")
-            generator = seeded_generator(self.options.seed, self.rank, device=self.view.device)
-            traces = sample_traces(operator, fisher, generator).sum()
-            chosen = 0.1 * float(self._sum(traces)) / self.source.shard.num_samples / self.view.numel
-        return float(chosen) + self.options.weight_decay
 
     def solve(self, rows: Tensor) -> Tensor:
         """The inverse curvature times this rank's rows."""
@@ -300,11 +285,10 @@ class Engine:
 
     def _query_factors(self, batches: Iterable[Any]) -> list[LayerGradients]:
         found: list[LayerGradients] = []
-        check = TargetCheck(self.base, self.objective)
         for number, batch in enumerate(batches):
             try:
                 if not callable(self.objective.measurement):  # else it may do with targets of any kind
-                    check(batch)
+                    self._check(batch)
                 found += self.measurements.parts(batch)
             except ValueError as error:
                 raise ValueError(f"In batch {number} of the queries, {error}") from error
@@ -326,7 +310,7 @@ class Engine:
                 columns.append(part.project(torch.cat([rows.explicit() for rows in factors])))
             else:
                 columns.append(torch.cat([rows.dot(part) for rows in factors]))
-        return torch.cat(columns, 1) / self.num_train
+        return torch.cat(columns, 1).div_(self.num_train)
 
     def pairwise(self, batch: Any, queries: Tensor, solved: Tensor) -> Tensor:
         """Removal effects ``(Q, B)`` of a batch, from the measurements' gradients and these solved."""

@@ -17,7 +17,7 @@ def digest(*parts: Any) -> str:
     found = hashlib.sha256()
 
     def add(tensor: Tensor) -> None:
-        found.update(_octets(tensor.reshape(1, -1))[0].tobytes())
+        found.update(_octets(tensor.reshape(1, -1))[0])
 
     apply_to_collection(parts, Tensor, add)
     return found.hexdigest()[:16]
@@ -33,7 +33,7 @@ def sum_of_digests(positions: Tensor, batch: Any) -> int:
     def add(tensor: Tensor) -> None:
         if tensor.ndim and len(tensor) == len(names):
             for name, octets in zip(names, _octets(tensor.reshape(len(tensor), -1)), strict=True):
-                name.update(octets.tobytes())
+                name.update(octets)
 
     apply_to_collection(batch, Tensor, add)
     return sum(int.from_bytes(name.digest(), "big") for name in names)

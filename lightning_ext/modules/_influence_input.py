@@ -1,6 +1,6 @@
 """What is given to an influence module, looked at before anything is computed: one message for each slip."""
 
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Iterator, Sized
 from typing import Any
 
 import torch
@@ -144,14 +144,14 @@ class TargetCheck:
         self._seen: tuple[Tensor, torch.Size] | None = None  # outputs of one sample, and the shape of its targets
 
     @torch.no_grad()
-    def __call__(self, batch: Any, positions: Sequence[int] | None = None) -> None:
+    def __call__(self, batch: Any, positions: Tensor | None = None) -> None:
         """Look at a batch; ``positions`` are what its samples are called, default their places in it."""
         outputs = self._of_one(batch) if self._seen is None else self._seen[0]
         targets = self.objective.targets(batch)
         if self._seen is not None and self._seen[1] != targets.shape[1:]:  # sequences of another length
             outputs = self._of_one(batch)
         self._seen = outputs, targets.shape[1:]
-        names = range(batch_size(batch)) if positions is None else positions
+        names = range(batch_size(batch)) if positions is None else positions.tolist()
         self.objective.check_targets(outputs, targets, names)
 
     def _of_one(self, batch: Any) -> Tensor:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -35,7 +36,10 @@ _DRAWS = 4  # random vectors for the trace of a sample's curvature
 
 @dataclasses.dataclass
 class Problem:
-    """What an inverse may use. ``damping`` includes the weight decay; ``operator`` has no damping."""
+    """What an inverse may use; what takes a look at the data is found when it is first asked for.
+
+    ``operator`` has no damping.
+    """
 
     module: nn.Module
     objective: InfluenceObjective
@@ -45,8 +49,9 @@ class Problem:
     semidefinite: bool  # whether a Hessian is known to be
     operator: Any  # of the kind that OPERATORS says
     product: Callable[[Tensor], Tensor]  # the operator's, with a bar that counts
-    outputs: int  # numbers in one sample's outputs
-    damping: float
+    asked_damping: float | Literal["auto"]
+    weight_decay: float
+    asked_fisher: Literal["auto", "type2", "mc"]
     rank: int
     tol: float
     max_iterations: int | None
@@ -54,7 +59,31 @@ class Problem:
     reduce: Callable[[Tensor], Tensor] | None = None
     rank_of_process: int = 0
     world: int = 1
-    fisher: Literal["type2", "mc"] = "type2"  # whether the output Hessian's root is drawn from
+
+    @cached_property
+    def outputs(self) -> int:
+        """How many numbers one sample's outputs are."""
+        with torch.no_grad():
+            outputs = self.objective.outputs(self.module, self.shard.get([0]))
+        return int(outputs[0].numel())
+
+    @property
+    def fisher(self) -> Literal["type2", "mc"]:
+        """Whether the output Hessian's root is drawn: the exact one costs a backward pass for each output."""
+        if self.asked_fisher != "auto":
+            return self.asked_fisher
+        return "type2" if self.outputs <= EXACT_OUTPUTS else "mc"
+
+    @cached_property
+    def damping(self) -> float:
+        """With the weight decay."""
+        chosen = self.asked_damping
+        if chosen == "auto":
+            if self.curvature == "hessian":
+                raise ValueError("damping='auto' is a tenth of the mean eigenvalue, which a Hessian may have below 0.")
+            trace = float(self.total(self.sample_traces().sum()))
+            chosen = 0.1 * trace / self.shard.num_samples / self.view.numel
+        return float(chosen) + self.weight_decay
 
     @property
     def indefinite(self) -> bool:
@@ -80,22 +109,8 @@ class Problem:
 
     def sample_traces(self) -> Tensor:
         """Traces of this rank's samples' curvature."""
-        return sample_traces(self.operator, self.fisher, self.generator())
-
-
-def sample_traces(operator: Any, fisher: Literal["type2", "mc"], generator: torch.Generator) -> Tensor:
-    """Traces ``(n,)`` of the samples' curvature, exact or from a few random vectors each."""
-    traces: Tensor = operator.per_sample_traces(0 if fisher == "type2" else _DRAWS, generator)
-    return traces
-
-
-def chosen_fisher(fisher: Literal["auto", "type2", "mc"], outputs: int) -> Literal["type2", "mc"]:
-    """The exact Fisher matrix costs a backward pass per output, which is much for a sequence of words."""
-    if fisher not in ("auto", "type2", "mc"):
-        raise ValueError(f"fisher must be 'auto', 'type2' or 'mc'; got {fisher!r}.")
-    if fisher != "auto":
-        return fisher
-    return "type2" if outputs <= EXACT_OUTPUTS else "mc"
+        traces: Tensor = self.operator.per_sample_traces(0 if self.fisher == "type2" else _DRAWS, self.generator())
+        return traces
 
 
 def root_fits(problem: Problem) -> bool:

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from lightning_ext._lightning import LightningModule, MisconfigurationException, refuse_sharded
 from lightning_ext.data import RowStore
 from lightning_ext.functional import InfluenceObjective, LayerGradients, ParameterView, batch_size, differentiable
-from lightning_ext.modules._influence_data import Shard, plain
+from lightning_ext.modules._influence_data import Shard, batches_of, plain
 from lightning_ext.modules._influence_engine import Engine, Options, state_of
 from lightning_ext.modules._influence_identity import digest
 from lightning_ext.modules._influence_input import TargetCheck, as_model, check_queries
@@ -208,7 +208,7 @@ class InfluenceModule(LightningModule):
         self._round += 1
         with differentiable(None):
             batch = plain(batch, self.view.device, self.view.dtype)
-            self._prepared.shard.check(batch, indices.tolist())
+            self._prepared.shard.check(batch, indices)
             return self._result(batch, indices, self.mode)
 
     def on_predict_epoch_end(self) -> None:
@@ -387,7 +387,7 @@ class InfluenceModule(LightningModule):
         key = (id(shard.dataset), shard.batch_size, rank, world, *about)
         if self._engine is None or key != self._key:
             source = self._source(view, rank, world)
-            self._engine = Engine(self.base, self.objective, view, shard, self.options, rank, world, source)
+            self._engine = Engine(self.base, self.objective, view, shard, check, self.options, rank, world, source)
             self._key = key
         return self._engine
 
@@ -403,7 +403,7 @@ class InfluenceModule(LightningModule):
         if self.queries is None:
             raise ValueError("queries is None: give InfluenceModule the batches at which the measurement is taken.")
         check_queries(self.queries)
-        batches = [plain(batch, engine.view.device, engine.view.dtype) for batch in self.queries]
+        batches = [plain(batch, engine.view.device, engine.view.dtype) for batch in batches_of(self.queries)]
         if not batches:
             raise ValueError("queries holds no batch: give a loader or a list, which can be gone through many times.")
         return batches

@@ -241,7 +241,7 @@ class InfluenceGapAnalyzer:
         if outside:
             raise ValueError(f"remove must name samples 0 to {shard.num_samples - 1}; got {outside[:20]}.")
         for positions, batch in shard.indexed():
-            check(batch, positions.tolist())
+            check(batch, positions)
         return found
 
     def _fit(self, module: ResponseModule, loader: DataLoader[Any], epochs: int) -> None:

@@ -12,7 +12,7 @@ from lightning_ext.callbacks import CurvatureCollector, TracInCallback
 from lightning_ext.functional import ConvergenceWarning, InfluenceObjective
 from lightning_ext.metrics import SelfInfluence
 from lightning_ext.modules import InfluenceGapAnalyzer, InfluenceModule, PBRFModule, ResponseModule
-from lightning_ext.modules._influence_data import Shard
+from lightning_ext.modules._influence_data import Shard, batches_of
 from lightning_ext.testing import ddp_trainer_kwargs
 from tests.modules import influence_reference as ref
 from tests.modules.influence_reference import N, classes, close, loader, matrix, network, numbers, predict
@@ -33,6 +33,7 @@ ARGUMENTS = {
     "max_iterations": [0],
     "tol": [0.0, 1.0, -1.0, float("nan")],
     "normalize": ["relatif", True],
+    "fisher": ["empirical", None],
     "curvature": ["fisher"],
     "solver": ["ldl"],
     "mode": ["group", None],
@@ -544,30 +545,90 @@ def test_scores_stay_finite_at_huge_gradients():
     assert found.isfinite().all()
 
 
-def test_tensors_are_looked_up_at_once_and_everything_else_sample_by_sample():
-    class Own(TensorDataset):
-        def __getitem__(self, index):
-            assert isinstance(index, int)
-            return super().__getitem__(index)
+class Own(TensorDataset):
+    """Not known to take several positions."""
 
-    def collate(samples):
-        return tuple(torch.stack(part) for part in zip(*samples, strict=True))
+    def __getitem__(self, index):
+        assert isinstance(index, int)
+        return super().__getitem__(index)
 
+
+def collate(samples):
+    return tuple(torch.stack(part) for part in zip(*samples, strict=True))
+
+
+@pytest.fixture
+def looked_up(monkeypatch):
+    """Every position, or positions, that a TensorDataset itself is asked for."""
+    asked, plainly = [], TensorDataset.__getitem__
+
+    def noted(self, index):
+        asked.append(index)
+        return plainly(self, index)
+
+    monkeypatch.setattr(TensorDataset, "__getitem__", noted)
+    return asked
+
+
+def same_batches(found, wanted):
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert len(ours) == len(theirs)
+        assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(ours, theirs, strict=True))
+
+
+def test_tensors_are_looked_up_at_once_and_everything_else_sample_by_sample(looked_up):
     tensors = classes().tensors
     kinds = {
-        "at once": loader(TensorDataset(*tensors)),
-        "own": loader(Own(*tensors)),
-        "collated": DataLoader(TensorDataset(*tensors), batch_size=5, collate_fn=collate),
+        "at once": (loader(TensorDataset(*tensors)), 3),
+        "own": (loader(Own(*tensors)), 11),
+        "collated": (loader(TensorDataset(*tensors), collate_fn=collate), 11),
     }
-    shards = {name: Shard(each, lambda batch: batch, 1, 2) for name, each in kinds.items()}
-    assert [shard._at_once for shard in shards.values()] == [True, False, False]
-    found = {name: [(p.tolist(), *batch) for p, batch in shard.indexed()] for name, shard in shards.items()}
+    shards, found = {}, {}
+    for name, (each, calls) in kinds.items():
+        shards[name] = Shard(each, lambda batch: batch, 1, 2)
+        found[name] = [(p, *batch) for p, batch in shards[name].indexed()]
+        assert len(looked_up) == calls
+        looked_up.clear()
     for name in ("own", "collated"):
-        for ours, theirs in zip(found["at once"], found[name], strict=True):
-            assert ours[0] == theirs[0]
-            assert all(torch.equal(a, b) for a, b in zip(ours[1:], theirs[1:], strict=True))
+        same_batches(found["at once"], found[name])
+    assert torch.cat([p for p, *_ in found["own"]]).tolist() == list(range(1, N, 2))
     before = tensors[0].clone()
     for _, batch in shards["at once"].indexed():
         batch[0].zero_()
     assert torch.equal(tensors[0], before)  # a copy, as the loader's
     assert type(shards["at once"].get([2, 0])) is type(shards["own"].get([2, 0])) is list
+
+
+def test_queries_are_looked_up_in_the_order_of_their_batch_sampler(looked_up):
+    data, order = classes(), [(5, 2), [2, 0, 1], torch.tensor([7])]  # tuples and tensors name positions too
+    asked = DataLoader(data, batch_sampler=order)
+    wanted = list(asked)
+    looked_up.clear()
+    same_batches(batches_of(asked), wanted)
+    assert len(looked_up) == 3
+    by_twos = DataLoader(data, 2, sampler=range(4)[::-1])
+    same_batches(batches_of(by_twos), list(by_twos))
+
+
+def test_inner_products_of_gradients_ask_the_network_for_nothing_else():
+    """Queries, samples, one of each alone to see that layers explain it, and one for what targets must be like."""
+    sizes, base = [], network(*SIZES)
+    base.register_forward_hook(lambda module, args, outputs: sizes.append(len(outputs)))
+    influence(base, double=False, solver="identity").scores(loader(classes(), N))
+    assert sorted(sizes) == [1, 1, 1, ref.Q, N]
+
+
+def test_queries_of_other_loaders_come_as_these_give_them():
+    class Doubled(DataLoader):
+        def __iter__(self):
+            return ([2 * x, t] for x, t in super().__iter__())
+
+    data = classes()
+    for asked in (
+        Doubled(data, 5),
+        loader(Own(*data.tensors)),
+        loader(data, collate_fn=collate),
+        DataLoader(data, batch_size=None),
+        list(loader(data)),
+    ):
+        same_batches(batches_of(asked), list(asked))

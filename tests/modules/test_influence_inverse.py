@@ -69,11 +69,6 @@ def test_many_outputs_are_drawn_from_and_not_gone_through(options, monkeypatch):
         assert drawn.report["damping"] != exact.report["damping"]
 
 
-def test_fisher_is_one_of_three():
-    with pytest.raises(ValueError, match="fisher must be"):
-        influence(fisher="empirical").scores(loader(classes()))
-
-
 def test_a_matrix_whose_root_does_not_fit_comes_of_products(monkeypatch):
     data = sequences()
     monkeypatch.setattr(_influence_problem, "ROOT_BYTES", 0)
