@@ -7,6 +7,7 @@ The decoder is 10-64-128-64 with tanh units. One thread, CPU seconds of this pro
 
 - BDMC (github.com/lxuechen/BDMC, MIT) is on no package index: ``BDMC`` names the folder that it was cloned to. Its
   forward chains run as they are, without their progress bar, on as many intervals as ours have transitions.
+- torch-mist's critics have as many weights as ours; a joint one looks at all B by B pairs.
 - The gap is the upper less the lower bound of a VAE of the digits (Gaussian pixels, 100 epochs), on 64 pairs that it
   simulates. With a variance of 0.03 the latents carry few enough nats for importance weighting; with 0.01 not. For
   importance weighting a gradient counts as three evaluations of the decoder.
@@ -23,6 +24,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +33,27 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_ext.benchmark import BenchmarkRow, absent_row, paired_ratio, timed_row, value_row, write_benchmark
 from lightning_ext.data import DigitsDataModule
 from lightning_ext.functional import ais_forward, hmc_kernel, linear_schedule
-from lightning_ext.modules import BetaVAE, measure_mutual_information
-from lightning_ext.nn import BernoulliDecoderModel, MLPDecoder, MLPEncoder, latent_model_from_vae
+from lightning_ext.modules import BetaVAE, CriticModule, measure_mutual_information
+from lightning_ext.nn import (
+    MLP,
+    BernoulliDecoderModel,
+    ConcatenatedCritic,
+    MLPDecoder,
+    MLPEncoder,
+    SeparableCritic,
+    latent_model_from_vae,
+)
 
 RESULTS = Path(__file__).parent / "results" / "mutual_information.json"
 LATENTS, LEAPFROG = 10, 10
 VARIANCES = (0.03, 0.01)  # of the pixels: about 7 and 15 nats
 CHAINS, POINTS, PAIRS = 8, 64, 64
+WIDTH, BATCH = 5, 128  # of x and of z, and pairs for critics
 GRADIENT_COST = 3  # evaluations of the decoder: one forward, and a backward pass of about two
 Rows = list[BenchmarkRow]
 
@@ -173,7 +185,90 @@ def growth() -> Rows:
     ]  # fmt: skip
 
 
-ROWS = (transition, gap, growth)
+# -- critics -----------------------------------------------------------------------------------------------------------
+
+
+def mist(critic: str) -> Any:
+    from torch_mist.estimators import infonce
+
+    torch.manual_seed(0)
+    return infonce(x_dim=WIDTH, y_dim=WIDTH, hidden_dims=[64, 64], critic_type=critic)
+
+
+def critic_module(critic: str) -> CriticModule:
+    """As many weights as in torch-mist's."""
+    torch.manual_seed(0)
+    if critic == "joint":
+        return CriticModule(ConcatenatedCritic(WIDTH, WIDTH, [64, 64], "relu"))
+    return CriticModule(SeparableCritic(MLP([WIDTH, 64, 64]), MLP([WIDTH, 64, 64])))
+
+
+def steps(loss: Callable[[Tensor, Tensor], Tensor], parameters: Any, batches: list[tuple[Tensor, Tensor]]) -> None:
+    optimizer = torch.optim.Adam(parameters, lr=1e-3)
+    for x, z in batches:
+        optimizer.zero_grad()
+        loss(x, z).backward()
+        optimizer.step()
+
+
+def critic_step() -> Rows:
+    """InfoNCE with all pairs of a batch, Adam, two hidden layers of 64 units, in a plain loop."""
+    batches = [correlated_pairs(BATCH, seed) for seed in range(16)]  # torch-mist remembers the batch before
+    rows = []
+    for critic in ("separable", "joint"):
+        name = f"InfoNCE step, B = {BATCH}, {critic} critic" + (", torch-mist's default" if critic[0] == "s" else "")
+        peer = {"peer_name": "torch-mist", "goal": 1 / 3}
+        try:
+            theirs, ours = mist(critic), critic_module(critic)
+        except ModuleNotFoundError as error:
+            rows.append(absent_row(name, why=str(error), **peer))
+            continue
+        timing = paired_ratio(
+            functools.partial(steps, ours.loss, list(ours.parameters()), batches),
+            functools.partial(steps, theirs.loss, list(theirs.parameters()), batches),
+            21, clock=time.process_time,
+        )  # fmt: skip
+        each = f"{1e3 * timing.ours / len(batches):.2f} against {1e3 * timing.peer / len(batches):.2f} ms a step"
+        rows.append(timed_row(name, timing, peer_version=version("torch-mist"), why=each, **peer))
+    return rows
+
+
+def critic_training() -> Rows:
+    """The same trained by a Trainer, and by torch-mist's own loop."""
+    x, z = correlated_pairs(BATCH * 100, 0)
+    name, peer = (
+        f"InfoNCE training, 100 steps of B = {BATCH}, separable critic",
+        {"peer_name": "torch-mist", "goal": 1.0},
+    )
+    try:
+        from torch_mist.utils.train import train_mi_estimator
+    except ModuleNotFoundError as error:
+        return [absent_row(name, why=str(error), **peer)]
+
+    def ours() -> None:
+        trainer = pl.Trainer(
+            max_epochs=1, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False,
+        )  # fmt: skip
+        trainer.fit(critic_module("separable"), DataLoader(TensorDataset(x, z), BATCH, shuffle=True))
+
+    def theirs() -> None:
+        train_mi_estimator(
+            mist("separable"), (x, z), valid_percentage=0, batch_size=BATCH, max_epochs=1, verbose=False,
+            optimizer_params={"lr": 1e-3},
+        )  # fmt: skip
+
+    timing = paired_ratio(ours, theirs, 9, clock=time.process_time)
+    each = f"{timing.ours:.2f} against {timing.peer:.2f} s"
+    return [timed_row(name, timing, peer_version=version("torch-mist"), why=each, **peer)]
+
+
+def correlated_pairs(num: int, seed: int) -> tuple[Tensor, Tensor]:
+    x, noise = torch.randn(2, num, WIDTH, generator=torch.Generator().manual_seed(seed))
+    return x, 0.9 * x + math.sqrt(1 - 0.81) * noise
+
+
+ROWS = (transition, gap, growth, critic_step, critic_training)
 
 
 def main() -> None:
