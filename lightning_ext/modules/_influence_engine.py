@@ -88,7 +88,6 @@ class Engine:
         objective: what is asked of it.
         view: its chosen parameters.
         shard: this rank's part of the data.
-        check: looks at the queries' targets.
         options: what the user chose.
         rank: this process.
         world: number of processes that work together; they call every method together.
@@ -96,11 +95,10 @@ class Engine:
     """
 
     def __init__(
-        self, base: nn.Module, objective: InfluenceObjective, view: ParameterView, shard: Shard, check: TargetCheck,
-        options: Options, rank: int = 0, world: int = 1, source: CurvatureSource | None = None,
+        self, base: nn.Module, objective: InfluenceObjective, view: ParameterView, shard: Shard, options: Options,
+        rank: int = 0, world: int = 1, source: CurvatureSource | None = None,
     ) -> None:  # fmt: skip
-        self.base, self.objective, self.view, self.shard = base, objective, view, shard
-        self._check, self.options = check, options
+        self.base, self.objective, self.view, self.shard, self.options = base, objective, view, shard, options
         self.rank, self.world, self.num_samples = rank, world, shard.num_samples
         self.source = source or CurvatureSource(base, objective, shard, shard.num_samples)
         self.num_train = self.source.num_train
@@ -285,10 +283,13 @@ class Engine:
 
     def _query_factors(self, batches: Iterable[Any]) -> list[LayerGradients]:
         found: list[LayerGradients] = []
+        check = TargetCheck(self.base, self.objective)
         for number, batch in enumerate(batches):
             try:
+                if not batch_size(batch):
+                    raise ValueError("there is no sample.")
                 if not callable(self.objective.measurement):  # else it may do with targets of any kind
-                    self._check(batch)
+                    check(batch)
                 found += self.measurements.parts(batch)
             except ValueError as error:
                 raise ValueError(f"In batch {number} of the queries, {error}") from error

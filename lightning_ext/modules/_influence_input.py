@@ -100,6 +100,21 @@ def check_loader(loader: Any, world: int = 1) -> None:
             "With batch_size=None the data set gives whole batches, in which no sample has a position. Pass a "
             "DataLoader that makes the batches."
         )
+    if not (hasattr(loader.batch_sampler, "batch_size") or isinstance(loader.batch_sampler, Sized)):
+        raise MisconfigurationException(
+            f"batch_sampler must have a length or a batch_size; got a {type(loader.batch_sampler).__name__}."
+        )
+
+
+def check_recordable(loader: Any) -> None:
+    """Refuse a batch sampler that Lightning cannot wrap to note which samples are in a batch."""
+    sampler = getattr(loader, "batch_sampler", None)
+    if sampler is not None and not (isinstance(sampler, Sized) and hasattr(sampler, "__dict__")):
+        raise MisconfigurationException(
+            "batch_sampler must have a length and take attributes, for Lightning to note in it which samples are in a "
+            f"batch; got a {type(sampler).__name__}. Pass a torch.utils.data.BatchSampler, or a class of your own with "
+            "__iter__ and __len__."
+        )
 
 
 def _told(loader: Any) -> str:

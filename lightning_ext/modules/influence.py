@@ -16,7 +16,7 @@ from lightning_ext.functional import InfluenceObjective, LayerGradients, Paramet
 from lightning_ext.modules._influence_data import Shard, batches_of, plain
 from lightning_ext.modules._influence_engine import Engine, Options, state_of
 from lightning_ext.modules._influence_identity import digest
-from lightning_ext.modules._influence_input import TargetCheck, as_model, check_queries
+from lightning_ext.modules._influence_input import TargetCheck, as_model, check_queries, check_recordable
 from lightning_ext.modules._influence_source import CurvatureSource
 from lightning_ext.modules._influence_table import ScoreTable, told, warn_unless_kept
 
@@ -85,8 +85,9 @@ class InfluenceModule(LightningModule):
             sample; ``"mc"``, labels drawn from the model (each rank its own); ``"auto"``, the former up to 256 outputs.
 
     Raises:
-        ValueError: An argument out of range; a damping of 0 with a singular curvature that is factorised (iterative
-            solvers warn); classes that there are not, and gradients that are not finite, with the samples' indices.
+        ValueError: An argument out of range; a loader or queries without a batch; a damping of 0 with a singular
+            curvature that is factorised (iterative solvers warn); classes that there are not, and gradients that are
+            not finite, with the samples' indices.
         MisconfigurationException: FSDP, DeepSpeed and other sharding strategies; a loader without indices, or whose
             sampler takes some samples only; half precision weights.
 
@@ -181,7 +182,18 @@ class InfluenceModule(LightningModule):
                 f"{type(self).__name__} has nothing for trainer.{asked.value}: it scores what base was trained on. "
                 "Call trainer.predict(influence, train_loader)."
             )
+        given = self.trainer.predict_loop._data_source.instance  # before Lightning puts its own in place of it
+        for loader in given if isinstance(given, list) else [given]:
+            check_recordable(loader)
         return []
+
+    def teardown(self, stage: str) -> None:
+        """Say so where Lightning passed the run over."""
+        if self.trainer.predict_dataloaders is not None and not sum(self.trainer.num_predict_batches):
+            raise ValueError(
+                "The loader holds no batch, so there was nothing to score: its data set is empty, or its batch_sampler "
+                "gives none."
+            )
 
     def on_predict_start(self) -> None:
         """Look at the data, and solve for the queries."""
@@ -387,7 +399,7 @@ class InfluenceModule(LightningModule):
         key = (id(shard.dataset), shard.batch_size, rank, world, *about)
         if self._engine is None or key != self._key:
             source = self._source(view, rank, world)
-            self._engine = Engine(self.base, self.objective, view, shard, check, self.options, rank, world, source)
+            self._engine = Engine(self.base, self.objective, view, shard, self.options, rank, world, source)
             self._key = key
         return self._engine
 

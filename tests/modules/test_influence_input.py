@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_ext._lightning import MisconfigurationException, Trainer, submodule
+from lightning_ext._lightning import LightningDataModule, MisconfigurationException, Trainer, submodule
 from lightning_ext.callbacks import CurvatureCollector, TracInCallback
 from lightning_ext.functional import ConvergenceWarning, InfluenceObjective
 from lightning_ext.metrics import SelfInfluence
@@ -397,12 +397,78 @@ def test_a_module_that_takes_more_than_one_entry():
         influence(Two()).scores(loader(classes()))
 
 
+@pytest.mark.parametrize("solver", ["identity", "direct"])
+def test_samples_that_lack_what_queries_have(solver):
+    objective = InfluenceObjective(forward="image", target="label")
+    queries = [dict(zip(("image", "label"), *ref.queries(), strict=True))]
+    samples = [{"pixels": x, "label": t} for x, t in classes()]
+    with pytest.raises(ValueError, match=r"forward looks for batch\['image'\].*\['pixels', 'label'\]"):
+        influence(None, objective, queries=queries, solver=solver).scores(loader(samples))
+
+
 # -- loaders ------------------------------------------------------------------------------------------------------
 
 
+class Parts:
+    """A batch sampler that has no sampler."""
+
+    def __init__(self, parts):
+        self.parts = parts
+
+    def __iter__(self):
+        return iter(self.parts)
+
+    def __len__(self):
+        return len(self.parts)
+
+
+NOTHING = {
+    "data set": lambda: loader(classes(0)),
+    "batch sampler": lambda: DataLoader(classes(), batch_sampler=Parts([])),
+}
+
+
 def test_an_empty_data_set():
-    with pytest.raises(ValueError, match="empty"):
-        influence().scores(loader(TensorDataset(torch.zeros(0, 4), torch.zeros(0, dtype=torch.long))))
+    with pytest.raises(ValueError, match="The loader's data set is empty"):
+        influence().scores(loader(classes(0)))
+
+
+@pytest.mark.parametrize("what", NOTHING)
+def test_a_loader_without_a_batch_is_not_passed_over(what):
+    with pytest.raises(ValueError, match="The loader holds no batch"):
+        predict(influence(), NOTHING[what]())
+    data = LightningDataModule()
+    data.predict_dataloader = NOTHING[what]
+    with pytest.raises(ValueError, match="The loader holds no batch"):
+        Trainer(**ref.QUIET).predict(influence(), datamodule=data)
+
+
+def test_no_batch_was_wanted():
+    assert Trainer(**ref.QUIET, limit_predict_batches=0).predict(influence(), loader(classes())) is None
+
+
+class Unsized:
+    def __iter__(self):
+        return iter([range(N)])
+
+
+@pytest.mark.parametrize("sampler", [[range(N)], ([0], range(1, N)), Unsized()], ids=["list", "tuple", "unsized"])
+def test_batch_samplers_that_lightning_cannot_wrap_are_named(sampler):
+    asked = DataLoader(classes(), batch_sampler=sampler)
+    for given in (asked, [asked]):
+        with pytest.raises(MisconfigurationException, match=rf"batch_sampler must .* got a {type(sampler).__name__}"):
+            predict(influence(), given)
+
+
+def test_batch_samplers_without_a_length_are_named():
+    with pytest.raises(MisconfigurationException, match=r"batch_sampler must have a length.*got a Unsized"):
+        influence().scores(DataLoader(classes(), batch_sampler=Unsized()))
+
+
+def test_queries_without_a_sample():
+    x, t = classes()[:]
+    with pytest.raises(ValueError, match=r"In batch 1 of the queries, there is no sample"):
+        influence(queries=[(x, t), (x[:0], t[:0])]).scores(loader(classes()))
 
 
 def test_pairs_need_queries():
@@ -611,11 +677,11 @@ def test_queries_are_looked_up_in_the_order_of_their_batch_sampler(looked_up):
 
 
 def test_inner_products_of_gradients_ask_the_network_for_nothing_else():
-    """Queries, samples, one of each alone to see that layers explain it, and one for what targets must be like."""
+    """Queries and samples; one of each to see what targets must be like, and one that layers explain it."""
     sizes, base = [], network(*SIZES)
     base.register_forward_hook(lambda module, args, outputs: sizes.append(len(outputs)))
     influence(base, double=False, solver="identity").scores(loader(classes(), N))
-    assert sorted(sizes) == [1, 1, 1, ref.Q, N]
+    assert sorted(sizes) == [1, 1, 1, 1, ref.Q, N]
 
 
 def test_queries_of_other_loaders_come_as_these_give_them():
