@@ -13,7 +13,7 @@ def latent_model_from_vae(module: Any, beta: float | None = None, variance: floa
 
     Its Bernoulli distortions are likelihoods. A Gaussian one has a variance that only :math:`\beta` decides: training
     at :math:`\beta` is training with the variance :math:`\beta` (of ``"sse"``: :math:`\beta / 2`), which is the default
-    here.
+    here; a :class:`~lightning_ext.modules.SigmaVAE` has one of its own.
 
     Args:
         module: with ``encoder``, ``decoder``, ``distortion``, ``objective`` and ``latent_dim``. Networks are shared,
@@ -23,7 +23,7 @@ def latent_model_from_vae(module: Any, beta: float | None = None, variance: floa
         variance: of the pixels, for Gaussian distortions alone.
 
     Raises:
-        ValueError: If its distortion is a function, it has no single latent vector, or beta is out of range.
+        ValueError: If its distortion is a function, it has no single latent vector, or beta or variance is out of range.
     """
     if module.objective == "hierarchical" or module.latent_dim is None:
         raise ValueError("a hierarchical VAE has no single latent vector whose information could be measured.")
@@ -39,7 +39,11 @@ def latent_model_from_vae(module: Any, beta: float | None = None, variance: floa
         raise ValueError(
             f"distortion={module.distortion!r} is no density that is known here: wrap the networks in a LatentModel."
         )
-    variance = variance or (beta if module.distortion == "gaussian" else beta / 2)
+    if variance is None:
+        learned = getattr(module, "variance", None)
+        variance = float(learned) if learned is not None else beta if module.distortion == "gaussian" else beta / 2
+    if not variance > 0:
+        raise ValueError(f"variance must be positive; got {variance}.")
     return GaussianDecoderModel(decoder, math.log(variance), latents, encoder=encoder)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_ext.modules import MultiRateVAE
+from lightning_ext.modules import MultiRateVAE, SigmaVAE
 from lightning_ext.nn import (
     BernoulliDecoderModel,
     GaussianDecoderModel,
@@ -51,6 +51,15 @@ def test_a_multi_rate_vae_at_one_rate(distortion, variance):
     differences = model.log_likelihood(x, z) + module._distortion(outputs, x) / 0.5
     torch.testing.assert_close(differences, differences[:1].expand(4))
     assert latent_model_from_vae(module, 0.5, variance=2.0).log_var.item() == pytest.approx(math.log(2))
+
+
+def test_a_vae_with_a_variance_of_its_own_keeps_it():
+    module = SigmaVAE(MLPEncoder([6], [5], 2), MLPDecoder(2, [5], [6]), input_shape=[6])
+    module.variance.fill_(0.04)
+    assert latent_model_from_vae(module).log_var.item() == pytest.approx(math.log(0.04))
+    assert latent_model_from_vae(module, variance=0.5).log_var.item() == pytest.approx(math.log(0.5))
+    with pytest.raises(ValueError, match="variance must be positive; got 0"):
+        latent_model_from_vae(module, variance=0.0)
 
 
 def test_distortions_that_are_no_density_are_refused():
