@@ -42,6 +42,11 @@ def _looked_up(dataset: Any, collate: Any) -> bool:
     return getattr(type(dataset), "__getitem__", None) is TensorDataset.__getitem__ and collate is default_collate
 
 
+def joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """Tensors side by side; one alone is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
+
+
 class Shard:
     """This rank's samples of a loader's data set: positions rank, rank + world, ..., in batches of the loader's size.
 

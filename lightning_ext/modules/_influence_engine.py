@@ -28,7 +28,7 @@ from lightning_ext.functional import (
     select,
     self_influence,
 )
-from lightning_ext.modules._influence_data import Shard
+from lightning_ext.modules._influence_data import Shard, joined
 from lightning_ext.modules._influence_identity import described, digest, sum_of_digests
 from lightning_ext.modules._influence_input import TargetCheck
 from lightning_ext.modules._influence_inverse import BLOCK_BYTES, BLOCKS, INVERSES, build_inverse, chosen_solver
@@ -308,10 +308,10 @@ class Engine:
         columns = []
         for part in self.losses.parts(batch):
             if self.losses.fallback:  # found out on the way: these are rows of another layout
-                columns.append(part.project(torch.cat([rows.explicit() for rows in factors])))
+                columns.append(part.project(joined([rows.explicit() for rows in factors])))
             else:
-                columns.append(torch.cat([rows.dot(part) for rows in factors]))
-        return torch.cat(columns, 1).div_(self.num_train)
+                columns.append(joined([rows.dot(part) for rows in factors]))
+        return joined(columns, 1).div_(self.num_train)
 
     def pairwise(self, batch: Any, queries: Tensor, solved: Tensor) -> Tensor:
         """Removal effects ``(Q, B)`` of a batch, from the measurements' gradients and these solved."""

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from lightning_ext._lightning import LightningModule, MisconfigurationException, refuse_sharded
 from lightning_ext.data import RowStore
 from lightning_ext.functional import InfluenceObjective, LayerGradients, ParameterView, batch_size, differentiable
-from lightning_ext.modules._influence_data import Shard, batches_of, plain
+from lightning_ext.modules._influence_data import Shard, batches_of, joined, plain
 from lightning_ext.modules._influence_engine import Engine, Options, state_of
 from lightning_ext.modules._influence_identity import digest
 from lightning_ext.modules._influence_input import TargetCheck, as_model, check_queries, check_recordable
@@ -365,7 +365,7 @@ class InfluenceModule(LightningModule):
             found = [self._result(batch, indices, mode)["scores"] for indices, batch in engine.shard.indexed()]
         if self._table is not None:
             self._table.tell(engine.report)
-        return torch.cat(found, dim=-1).to(engine.view.device)
+        return joined(found, dim=-1).to(engine.view.device)
 
     def leave_out(self, groups: Sequence[Sequence[int]], loader: Any, rescale: bool = True) -> Tensor:
         """Effects of removing whole groups of samples on the queries' measurement.
