@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from lightning_ext._lightning import pl
 from lightning_ext.functional import (
     AnnealedWeights,
     AnnealingPath,
@@ -24,6 +25,7 @@ from lightning_ext.nn import PairCritic, Proposal, check_deterministic
 __all__ = ["ImplicitBound", "measure_implicit_bound"]
 
 _PILOT_POINTS, _PILOT_CHAINS = 16, 4
+_COARSE = 0.01  # nats
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,9 @@ def measure_implicit_bound(
         ValueError: For arguments out of range; a network with dropout or batch normalisation in training mode; a critic
             that is not a number at a pair.
 
+    Warns:
+        UserWarning: scores so large that their type rounds by more than 0.01 nats.
+
     Source: Brekelmans et al. 2022 (arXiv:2303.06992).
 
     >>> from lightning_ext.nn import QuadraticCritic
@@ -246,4 +251,17 @@ def anneal(
         ba_term = torch.zeros(len(z), device=z.device)
         if proposal is not None:
             ba_term = distribution_of(proposal, x).log_prob(z) - log_prior_of(prior)(z)
-        return AnnealedCritic(critic(x, z), ba_term, weights, steps)
+        t_joint = critic(x, z)
+        _warn_of_rounding(t_joint)
+        return AnnealedCritic(t_joint, ba_term, weights, steps)
+
+
+def _warn_of_rounding(scores: Tensor) -> None:
+    """Objectives that ignore functions of x alone let them grow until differences in z are rounded away."""
+    largest = float(scores.abs().max())
+    step = largest * torch.finfo(scores.dtype).eps
+    if step > _COARSE:
+        pl.utilities.rank_zero_warn(
+            f"the critic's scores reach {largest:.1e}, where {scores.dtype} tells {step:.1e} nats apart at best: the "
+            "bounds are about as uncertain. Measure in float64: critic.double(), x.double(), z.double()."
+        )

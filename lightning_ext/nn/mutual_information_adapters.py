@@ -23,7 +23,7 @@ def latent_model_from_vae(module: Any, beta: float | None = None, variance: floa
         variance: of the pixels, for Gaussian distortions alone.
 
     Raises:
-        ValueError: If its distortion is a function, it has no single latent vector, or beta or variance is out of range.
+        ValueError: If its distortion is a function, it has no single latent vector, or a number is out of range.
     """
     if module.objective == "hierarchical" or module.latent_dim is None:
         raise ValueError("a hierarchical VAE has no single latent vector whose information could be measured.")

@@ -1,5 +1,7 @@
 """The implicit bound of quadratic critics, whose value is known, and what certifies it."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -87,6 +89,18 @@ def test_it_runs_in_inference_mode_with_draws_of_its_own():
     other = measure_implicit_bound(quadratic, *correlated(8), num_steps=5, seed=4).values
     assert other["lower"] != plain["lower"]
     assert all(parameter.grad is None for parameter in quadratic.parameters())
+
+
+def test_scores_too_large_for_their_type_are_told_of():
+    quadratic = critic(2.0, 1.0, 1e7)  # a function of x alone, which no objective of the ratio minds
+    x, z = correlated(200)
+    with pytest.warns(UserWarning, match=r"scores reach .*torch.float32 tells .* nats apart.*critic.double\(\)"):
+        measure_implicit_bound(quadratic, x, z, **SHORT)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fine = measure_implicit_bound(quadratic.double(), x.double(), z.double(), **SHORT).values
+        plain = measure_implicit_bound(critic(2.0, 1.0, 1.0).double(), x.double(), z.double(), **SHORT).values
+    assert fine["lower"].item() == pytest.approx(plain["lower"].item(), abs=1e-5)
 
 
 class Dropping(QuadraticCritic):
