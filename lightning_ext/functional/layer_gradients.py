@@ -233,7 +233,7 @@ class OuterProducts(GradientBlock):
             return super().dot(other)
         out = self.g.new_empty(len(self), len(other))
         for chunk in pieces(len(self), 2 * len(other) * pairs * self.g.shape[0] * self.g.element_size()):
-            out[chunk] = self._pairs("gbtf,gcuf->gbctu", self[chunk], other).sum((0, 3, 4))
+            torch.sum(self._pairs("gbtf,gcuf->gbctu", self[chunk], other), (0, 3, 4), out=out[chunk])
         return out
 
     def squared_norms(self) -> Tensor:
@@ -259,7 +259,7 @@ class OuterProducts(GradientBlock):
         if not self.weight:
             return gradients
         inputs = torch.einsum(equation, left.a, right.a)
-        return gradients * (inputs + 1) if self.bias else gradients * inputs
+        return gradients.mul_(inputs.add_(1) if self.bias else inputs)
 
 
 Method = TypeVar("Method", bound=Callable[..., Tensor])
@@ -352,7 +352,10 @@ class LayerGradients:
         layout = [[block.slices for block in gradients.blocks] for gradients in (self, other)]
         if layout[0] != layout[1]:
             raise ValueError("other must hold gradients of the same parameters, recorded in the same way.")
-        return torch.stack([mine.dot(theirs) for mine, theirs in zip(self.blocks, other.blocks, strict=True)]).sum(0)
+        first, *others = (mine.dot(theirs) for mine, theirs in zip(self.blocks, other.blocks, strict=True))
+        for products in others:
+            first += products
+        return first
 
     @_full_precision
     def norms(self) -> Tensor:

@@ -75,9 +75,10 @@ class SampleGradients:
 
     Layers that :class:`LayerRecorder` knows are recorded. Parameters of others, and those that several layers share,
     get explicit gradients by :func:`per_sample_gradients`. Whether the layers tell the truth is checked against
-    autograd, on one sample run alone with a random output cotangent, whenever the layers' shapes are new; where they do
-    not (a weight is used outside its layer, samples meet inside the network, a layer works on something that is not
-    ordered by samples), all gradients are explicit from then on, and ``fallback`` says why.
+    autograd, on one sample run alone with a random output cotangent, whenever the layers' shapes are new (the number of
+    samples aside, unless it is one). Where they do not (a weight is used outside its layer, samples meet inside the
+    network, a layer works on something that is not ordered by samples), all gradients are explicit from then on, and
+    ``fallback`` says why.
 
     Args:
         module: The network; it is put into eval mode for each call and back.
@@ -238,7 +239,11 @@ class SampleGradients:
     def _check(self, batch: Any, outputs: Tensor) -> None:
         """Raise where a sample alone has another gradient than the layers say."""
         recorder, last = self.recorder, len(outputs) - 1
-        shapes = recorder.shapes
+
+        def named(size: int) -> int | str:
+            return "samples" if size == len(outputs) else size
+
+        shapes = (last > 0, *((name, *map(named, shape)) for name, shape in recorder.shapes))
         if shapes in self._checked or not recorder.recorded or not outputs.requires_grad:
             return
         cotangent = torch.randn(outputs.shape, generator=seeded_generator(0)).to(outputs)

@@ -130,6 +130,13 @@ class TestTheCheck:
             gradients(samples(n))
         assert module.sizes == [5, 1, 5, 1, 1, 3, 1, 5]
 
+    def test_the_number_of_samples_is_no_new_shape_unless_it_is_one_or_another_size_too(self):
+        module = Counted(mlp())
+        gradients = SampleGradients(module, InfluenceObjective())
+        for n in (1, 11, 12, 3, 13):
+            gradients(samples(n))
+        assert module.sizes == [1, 1, 11, 1, 12, 3, 1, 13]
+
     @pytest.mark.parametrize("name", ["interleaved", "outside"])
     def test_a_fallback_is_for_good_and_right(self, name):
         module, batch = layer_toys.build(name)
@@ -409,5 +416,7 @@ def test_samples_that_meet_in_the_network_are_refused(part):
     torch.manual_seed(0)
     module = nn.Sequential(part, nn.Flatten(), nn.Linear(18, 3)).eval()
     batch = torch.randn(6, 2, 3, 3), torch.randint(0, 3, (6,))
+    gradients = SampleGradients(module, InfluenceObjective())
+    gradients(tuple(entry[:1] for entry in batch))  # alone, none meets another
     with pytest.raises(ValueError, match="lets samples meet"):
-        SampleGradients(module, InfluenceObjective())(batch)
+        gradients(batch)
