@@ -25,6 +25,7 @@ from lightning_ext.metrics.mutual_information_critic import (
     InfoNCE,
     NWJEstimate,
 )
+from lightning_ext.metrics.mutual_information_ksg import KSGEstimate
 
 __all__ = [
     "AISBound",
@@ -38,6 +39,7 @@ __all__ = [
     "IWAEBound",
     "InfluenceScores",
     "InfoNCE",
+    "KSGEstimate",
     "KroneckerFactors",
     "LAFTRStatistics",
     "LOOCorrelation",

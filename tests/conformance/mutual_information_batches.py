@@ -32,6 +32,11 @@ def square_scores() -> list[tuple[Tensor]]:
     return [(_normal(size, size, seed=size),) for size in SIZES]
 
 
+def sample_pairs() -> list[tuple[Tensor, Tensor]]:
+    """Uneven batches of pairs (x, z), of two numbers and one."""
+    return [(_normal(size, 2, seed=size), _normal(size, 1, seed=50 + size)) for size in (5, 2, 6)]
+
+
 def _log_mean(values: Sequence[float]) -> float:
     return math.log(sum(math.exp(value) for value in values) / len(values))
 

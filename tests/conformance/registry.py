@@ -146,8 +146,8 @@ _CALLBACKS = [
         lambda: callbacks.MutualInformationCallback(**components.SHORT_CHAINS),
         other=lambda: callbacks.MutualInformationCallback(bounds=["ais"], **components.SHORT_CHAINS),
         module=components.beta_vae,
+        recipe="mutual_information",
         skip={
-            "cli_recipe": "its recipe comes with its card; tests/callbacks/test_mutual_information.py trains with it",
             "ddp_equals_one_process": "ranks simulate different pairs, so that the sums are over the pairs of all",
         },
         **_VAE,
@@ -480,6 +480,7 @@ _METRICS = [
 _COLUMNS = {"row_split": False}  # pairs are columns
 
 _MUTUAL_INFORMATION = [
+    Entry(["KSGEstimate"], "metric", lambda: metrics.KSGEstimate(1), batches=mutual_information_batches.sample_pairs),
     *(
         Entry(
             [name],
