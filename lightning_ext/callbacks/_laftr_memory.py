@@ -5,10 +5,12 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_ext.functional import fold_in
 from lightning_ext.nn import FunctionSpaceEstimator, function_space_estimator
+from lightning_ext.nn.laftr import require_heads
 
 Heads = slice | Tensor | Sequence[int]
 Consolidation = Literal["all", "last", "merge"]
@@ -59,7 +61,7 @@ class TaskMemory:
         trial = copy.deepcopy(self.prototype).to(next(module.parameters()).device)
         for batch in batches:
             trial.fit(module, [batch], heads=None)
-            _check_heads(heads, trial.outputs(module, batch).shape[-1])
+            require_heads(heads, trial.outputs(module, batch).shape[-1])
 
     def remember(
         self,
@@ -69,10 +71,15 @@ class TaskMemory:
         heads: Heads | None,
         reduce: Callable[[Tensor], Tensor],
     ) -> None:
-        """Fit an estimator to the task; a task that is known already is replaced."""
+        """Fit an estimator to the task; one that is known is replaced, but what is merged adds up."""
         new = copy.deepcopy(self.prototype).to(next(module.parameters()).device)
         new.fit(module, batches, heads=heads, reduce=reduce)
         if self.consolidate == "merge" and self._held:
+            if task in self.tasks:
+                rank_zero_warn(
+                    f"task {task} ends again, and with consolidate='merge' what was kept of it before cannot be taken "
+                    "out: its samples of both times count. Use consolidate='all' or 'last' to replace them."
+                )
             new.absorb(self._held[0])
             self._held = [new]
             self.tasks = [*(t for t in self.tasks if t != task), task]
@@ -97,8 +104,8 @@ class TaskMemory:
         if self.consolidate != "all":
             one = self._one(tasks)
             one.reseed(address)
-            mean = one.distance(module)
-            return (mean if average else mean * len(tasks)), {}
+            found = one.distance(module)
+            return (found if average or one.merges_to_a_sum else found * len(tasks)), {}
         single: dict[int, Tensor] = {}
         for task in tasks:
             estimator = self._held[self.tasks.index(task)]
@@ -120,6 +127,7 @@ class TaskMemory:
         for estimator in self._held:
             estimator.to(device)
         self._pool = None
+        self._consolidate()  # a copy of the shared weights came along with each
 
     @property
     def nbytes(self) -> int:
@@ -133,9 +141,7 @@ class TaskMemory:
 
     def _kept(self) -> dict[str, str]:
         """What others than these settings would misread."""
-        mode = getattr(self.prototype, "mode", None)
-        kind = type(self.prototype).__name__ if mode is None else f"{type(self.prototype).__name__}(mode={mode!r})"
-        return {"estimator": kind, "consolidate": self.consolidate}
+        return {"estimator": self.prototype.kind, "consolidate": self.consolidate}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Rebuild the estimators.
@@ -152,14 +158,3 @@ class TaskMemory:
             estimator.load_state_dict(saved)
             self._held.append(estimator)
         self._consolidate()
-
-
-def _check_heads(heads: Heads | None, outputs: int) -> None:
-    if heads is None:
-        return
-    try:
-        chosen = torch.arange(outputs)[heads]
-    except (IndexError, TypeError) as error:
-        raise ValueError(f"heads must index {outputs} outputs of the module; got {heads!r}.") from error
-    if chosen.ndim != 1 or len(chosen) == 0:
-        raise ValueError(f"heads must be a slice or list with at least one of {outputs} outputs; got {heads!r}.")

@@ -34,13 +34,18 @@ def drawn_inputs(estimator: FunctionSpaceEstimator) -> bool:
     return isinstance(estimator, LAFTREstimator) and estimator.mode in ("relu", "sample")
 
 
-def require_reference(estimator: FunctionSpaceEstimator, base: nn.Module) -> None:
-    """Refuse a network that is not the one of whose data the estimator keeps statistics."""
+def require_fitted(estimator: FunctionSpaceEstimator) -> None:
+    """Refuse one that keeps nothing."""
     if not estimator.fitted:
         raise ValueError(
             f"the {type(estimator).__name__} keeps no statistics yet: call estimator.fit(base, batches) on training "
             "data, or load its state_dict."
         )
+
+
+def require_reference(estimator: FunctionSpaceEstimator, base: nn.Module) -> None:
+    """Refuse a network that is not the one of whose data the estimator keeps statistics."""
+    require_fitted(estimator)
     now, kept = named_values(base), estimator.reference_values(base)
     other = [name for name, value in now.items() if name not in kept or kept[name].shape != value.shape]
     coarse = getattr(estimator, "store_dtype", None)

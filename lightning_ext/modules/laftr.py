@@ -19,7 +19,7 @@ from lightning_ext.modules._influence_identity import digest
 from lightning_ext.modules._influence_newton import Newton
 from lightning_ext.modules._influence_source import CurvatureSource
 from lightning_ext.modules._laftr_newton import Evaluate, newton_steps
-from lightning_ext.modules._laftr_statistics import DistanceStatistics, drawn_inputs
+from lightning_ext.modules._laftr_statistics import DistanceStatistics, drawn_inputs, require_fitted
 from lightning_ext.modules.influence import InfluenceModule
 from lightning_ext.nn.laftr import FunctionSpaceEstimator
 from lightning_ext.nn.laftr_estimator import LAFTREstimator
@@ -118,6 +118,12 @@ class LAFTRInfluence(InfluenceModule):
         seed: int = 0,
         cache_bytes: int = 2**30,
     ) -> None:
+        if not isinstance(estimator, FunctionSpaceEstimator):
+            raise ValueError(
+                f"estimator must be a fitted FunctionSpaceEstimator; got {estimator!r}. "
+                "function_space_estimator(name).fit(base, batches) makes one."
+            )
+        require_fitted(estimator)
         drawn = drawn_inputs(estimator)
         _check(drawn, solver, damping, weight_decay, num_samples, num_train)
         super().__init__(
@@ -146,7 +152,7 @@ class LAFTRInfluence(InfluenceModule):
             return self.num_train
         if not isinstance(self.estimator, LAFTREstimator):
             raise ValueError(
-                f"num_train is None, and a {type(self.estimator).__name__} does not count the training samples: say "
+                f"num_train is None, and {type(self.estimator).__name__} does not count the training samples: say "
                 "how many there were."
             )
         return int(self.estimator.statistics.state["count"].sum()) if self.estimator.fitted else 1

@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from typing import Any, Self
 
 import torch
@@ -21,11 +20,6 @@ Reduce = Callable[[Tensor], Tensor]
 def _plain_call(module: Any, x: Any) -> Tensor:
     outputs: Tensor = module(x)
     return outputs
-
-
-def _on_copies(forward: Callable[[Any, Any], Tensor], module: Any, x: Any) -> Tensor:
-    """Some networks write into their inputs, which the next pass, or the memory, needs as they were."""
-    return forward(module, map_tensors(Tensor.clone, x))
 
 
 class FunctionSpaceEstimator(nn.Module):
@@ -67,12 +61,14 @@ class FunctionSpaceEstimator(nn.Module):
         super().__init__()
         output_divergence(torch.zeros(1, 2), torch.zeros(1, 2), divergence)  # knows the names
         self.divergence, self.inputs, self.target, self.seed = divergence, inputs, target, seed
-        self._forward = partial(_on_copies, _plain_call if forward is None else forward)
+        self._call = _plain_call if forward is None else forward
+        self._unseen = False
         self._reference: dict[str, Tensor] = {}
         self._kept: dict[str, Tensor] = {}
         self._facts: dict[str, Any] = {}
         self._draws, self._shared = 0, False
         self._seen: tuple[nn.Module, Substitution, dict[str, Tensor]] | None = None
+        self._written: set[str] = set()
 
     def extra_repr(self) -> str:
         """What it measures, and whether it can."""
@@ -84,6 +80,11 @@ class FunctionSpaceEstimator(nn.Module):
     def fitted(self) -> bool:
         """Whether there is a reference."""
         return bool(self._reference)
+
+    @property
+    def kind(self) -> str:
+        """What decides how the state is read."""
+        return type(self).__name__
 
     @property
     def nbytes(self) -> int:
@@ -107,12 +108,12 @@ class FunctionSpaceEstimator(nn.Module):
             The estimator.
 
         Raises:
-            ValueError: If there is no batch, on all ranks or on one of them, a batch does not fit, or inputs are not
-                finite.
+            ValueError: If there is no batch, on all ranks or on one of them, a batch does not fit, inputs are not
+                finite, heads are no outputs, or the network draws random numbers in eval mode.
             TypeError: If inputs are not floating where moments are taken of them.
         """
         self._facts = {"heads": _plain_heads(heads)}
-        self._kept, self._draws, self._shared = {}, 0, False
+        self._kept, self._draws, self._shared, self._unseen = {}, 0, False, True
         with self._quiet(module):
             self._reference = {name: tensor.detach().clone() for name, tensor in self.values_of(module).items()}
             try:
@@ -154,6 +155,11 @@ class FunctionSpaceEstimator(nn.Module):
         self._draws = address
 
     # -- several tasks ------------------------------------------------------------------------------------------------
+
+    @property
+    def merges_to_a_sum(self) -> bool:
+        """Whether the distance of merged tasks is the sum of theirs rather than the mean over all samples."""
+        return False
 
     def absorb(self, other: "FunctionSpaceEstimator") -> None:
         """Add what another estimator of an earlier task keeps to one's own; one's own reference stays."""
@@ -198,6 +204,22 @@ class FunctionSpaceEstimator(nn.Module):
         chosen = self._facts.get("heads")
         return slice(*chosen["slice"]) if isinstance(chosen, dict) else chosen
 
+    def _forward(self, module: nn.Module, x: Any) -> Tensor:
+        """Outputs of a copy of inputs, for some networks write into theirs; the first of a fit are looked at."""
+        x = map_tensors(Tensor.clone, x)
+        if not self._unseen:
+            return self._call(module, x)
+        self._unseen = False
+        with unmoved(_weight(module).device) as moved:
+            outputs = self._call(module, x)
+        if moved():
+            raise ValueError(
+                f"{type(module).__name__} draws random numbers in eval mode, so it has no distance to itself. Let it "
+                "draw in training alone: F.dropout(x, training=self.training)."
+            )
+        require_heads(self.heads, outputs.shape[-1])
+        return outputs
+
     def inputs_of(self, batch: Any) -> Any:
         """The network's inputs in a batch."""
         return _entry(batch, self.inputs, 0, "inputs")
@@ -219,7 +241,10 @@ class FunctionSpaceEstimator(nn.Module):
     def reference_values(self, module: nn.Module) -> dict[str, Tensor]:
         r""":math:`\theta_0` in the module's dtypes."""
         now = self.values_of(module)
-        return {name: value.to(now[name].dtype) for name, value in self._reference.items() if name in now}
+        found = {name: value.to(now[name].dtype) for name, value in self._reference.items() if name in now}
+        for name in self._written & found.keys():
+            found[name] = found[name].clone()  # a network may count, or keep something, in its buffers
+        return found
 
     def parameters_of(self, module: nn.Module) -> dict[str, Tensor]:
         r""":math:`\theta_1`: parameters and buffers, cut to the reference's shapes."""
@@ -266,14 +291,14 @@ class FunctionSpaceEstimator(nn.Module):
     def _quiet(self, module: nn.Module) -> Iterator[None]:
         compiled = any(name.endswith("_orig_mod") for name, _ in module.named_modules())
         plainly = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
-        places = Substitution(module, plain_name)
-        self._seen = module, places, places.values()
         full = torch.autocast(_weight(module).device.type, enabled=False)
-        try:
-            with _outside_inference(), evaluating(module), full, plainly:
+        with _outside_inference(), evaluating(module), full, plainly, _own_buffers(module) as buffers:
+            places = Substitution(module, plain_name)
+            self._seen, self._written = (module, places, places.values()), buffers
+            try:
                 yield
-        finally:
-            self._seen = None
+            finally:
+                self._seen, self._written = None, set()
 
     # -- state --------------------------------------------------------------------------------------------------------
 
@@ -281,11 +306,17 @@ class FunctionSpaceEstimator(nn.Module):
         """Tensors and plain values."""
         return {
             "reference": dict(self._reference), "kept": dict(self._kept), "facts": copy.deepcopy(self._facts),
-            "draws": self._draws, "shared": self._shared,
+            "draws": self._draws, "shared": self._shared, "kind": self.kind,
         }  # fmt: skip
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take it up."""
+        """Take it up.
+
+        Raises:
+            ValueError: It is that of another kind of estimator.
+        """
+        if state.get("kind", self.kind) != self.kind:
+            raise ValueError(f"this is the state of {state['kind']}, and the estimator is {self.kind}.")
         self._reference, self._kept = dict(state["reference"]), dict(state["kept"])
         self._facts, self._draws, self._shared = copy.deepcopy(state["facts"]), state["draws"], state["shared"]
         self._forget()
@@ -340,6 +371,40 @@ def _outside_inference() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _own_buffers(module: nn.Module) -> Iterator[set[str]]:
+    """Let the module work on copies of its buffers; their plain names."""
+    held = [(part, name, buffer) for part in module.modules() for name, buffer in part._buffers.items()]
+    held = [(part, name, buffer) for part, name, buffer in held if buffer is not None]
+    copies = {id(buffer): buffer.clone() for _, _, buffer in held}  # type: ignore[union-attr]
+    for part, name, buffer in held:
+        part._buffers[name] = copies[id(buffer)]
+    try:
+        yield {plain_name(name) for name, _ in module.named_buffers()}
+    finally:
+        for part, name, buffer in held:
+            part._buffers[name] = buffer
+
+
+@contextmanager
+def unmoved(device: torch.device) -> Iterator[Callable[[], bool]]:
+    """Put torch's random state back; what is given says whether it had moved."""
+    accelerated = device.type == "cuda"
+
+    def states() -> list[Tensor]:
+        return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if accelerated else [])]
+
+    before: list[Tensor] = states()
+    after: list[Tensor] = []
+    try:
+        yield lambda: not all(map(torch.equal, before, after))
+    finally:
+        after += states()
+        torch.set_rng_state(before[0])
+        if accelerated:
+            torch.cuda.set_rng_state(before[1], device)
+
+
 def plain_name(name: str) -> str:
     """The name of a parameter, whether the part that holds it is compiled or not."""
     return name.replace("_orig_mod.", "")
@@ -386,11 +451,26 @@ def _plain_heads(heads: Heads | None) -> Any:
         return None
     if isinstance(heads, slice):
         return {"slice": [heads.start, heads.stop, heads.step]}
-    places = torch.as_tensor(heads)
+    try:
+        places = torch.as_tensor(heads)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"heads must be a slice, or a list of the outputs that count; got {heads!r}.") from error
     if places.ndim != 1 or places.is_floating_point() or not len(places):
         raise ValueError(f"heads must be a slice, or a list of the outputs that count; got {heads!r}.")
     found: list[int] = (places.nonzero().flatten() if places.dtype == torch.bool else places).tolist()
     return found
+
+
+def require_heads(heads: Heads | None, outputs: int) -> None:
+    """Refuse a choice of outputs that the network does not have, or of none."""
+    if heads is None:
+        return
+    if isinstance(heads, slice):
+        chosen: Sequence[int] = range(outputs)[heads]
+    else:
+        chosen = _plain_heads(heads)
+    if not len(chosen) or not all(-outputs <= place < outputs for place in chosen):
+        raise ValueError(f"heads must choose at least one of {outputs} outputs, and none beyond them; got {heads!r}.")
 
 
 def _entry(batch: Any, chosen: str | Callable[[Any], Any] | None, place: int, argument: str) -> Any:

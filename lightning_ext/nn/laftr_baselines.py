@@ -104,7 +104,7 @@ class CoresetEstimator(FunctionSpaceEstimator):
         return output_divergence(new, self._kept["outputs"], self.divergence, self.heads)
 
     def absorb(self, other: FunctionSpaceEstimator) -> None:
-        """Add an earlier task's examples, with their outputs at that time."""
+        """Add an earlier task's examples, with their outputs at that time; ``size`` more for every task."""
         shapes = [(each._facts, [value.shape[1:] for value in each._kept.values()]) for each in (self, other)]
         if not isinstance(other, CoresetEstimator) or shapes[0] != shapes[1]:
             raise ValueError("only stored examples with the same heads, inputs and outputs can be merged.")

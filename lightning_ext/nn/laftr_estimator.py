@@ -107,8 +107,10 @@ class LAFTREstimator(FunctionSpaceEstimator):
         super().__init__(**kwargs)
         if mode not in get_args(Mode):
             raise ValueError(f"mode must be one of {', '.join(map(repr, get_args(Mode)))}; got {mode!r}.")
-        if num_samples < 1 or jitter < 0:
-            raise ValueError(f"num_samples must be at least 1 and jitter at least 0; got {num_samples}, {jitter}.")
+        if not isinstance(num_samples, int) or num_samples < 1 or not jitter >= 0:
+            raise ValueError(
+                f"num_samples must be an integer of at least 1, and jitter at least 0; got {num_samples}, {jitter}."
+            )
         if mode in ("moments", "mean") and self.divergence == "softmax_l2":
             raise ValueError(f"mode={mode!r} has a closed form for 'mse' and 'kl' only; got divergence='softmax_l2'.")
         if variant not in ("exact", "official") or (variant == "official" and mode != "moments"):
@@ -120,6 +122,11 @@ class LAFTREstimator(FunctionSpaceEstimator):
         self.covariance, self.rank, self.gates, self.jitter = covariance, rank, gates, jitter
         self.fixed_draws, self.variant, self.store_dtype = fixed_draws, variant, store_dtype
         self._forget()
+
+    @property
+    def kind(self) -> str:
+        """The mode too: each keeps something else."""
+        return f"{super().kind}(mode={self.mode!r})"
 
     def extra_repr(self) -> str:
         """The mode too."""
@@ -163,7 +170,12 @@ class LAFTREstimator(FunctionSpaceEstimator):
         if hessians is not None:
             self._kept["hessians"] = hessians.to(dtype)
         if self.mode in ("moments", "mean"):
-            self._distance(module)  # refuses what it cannot do while there are data for another mode
+            own = self._distance(module)  # refuses what it cannot do while there are data for another mode
+            if not bool(own.isfinite()):
+                raise ValueError(
+                    f"the reference's distance to itself is {float(own)}: are some outputs infinite, such as masked "
+                    "logits? Leave them out with heads."
+                )
         if self.store_dtype is not None:
             dtype = getattr(torch, self.store_dtype)
             held = self._reference

@@ -1,6 +1,7 @@
 """Quadratic distances in the weights: the rivals that see no activation."""
 
-from collections.abc import Callable, Iterable
+import inspect
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
@@ -163,6 +164,11 @@ class EWCEstimator(_FisherEstimator):
 
     _max_width = 0  # a diagonal for every layer
 
+    @property
+    def merges_to_a_sum(self) -> bool:
+        """The online form adds the tasks up."""
+        return self.online_gamma is not None
+
     def __init__(self, fisher: Fisher = "true", online_gamma: float | None = None, **kwargs: Any) -> None:
         super().__init__(fisher, **kwargs)
         if online_gamma is not None and not 0 < online_gamma <= 1:
@@ -214,7 +220,7 @@ class KFACEstimator(_FisherEstimator):
         return torch.stack(parts).sum()
 
 
-_NAMED: dict[str, tuple[Callable[..., FunctionSpaceEstimator], dict[str, Any]]] = {
+_NAMED: dict[str, tuple[type[FunctionSpaceEstimator], dict[str, Any]]] = {
     "laftr": (LAFTREstimator, {}),
     "laftr-relu": (LAFTREstimator, {"mode": "relu"}),
     "laftr-sample": (LAFTREstimator, {"mode": "sample"}),
@@ -239,7 +245,7 @@ def function_space_estimator(name: str, **kwargs: Any) -> FunctionSpaceEstimator
         kwargs: of its class.
 
     Raises:
-        ValueError: For another name.
+        ValueError: For another name, or an option that its class does not have.
 
     >>> function_space_estimator("laftr-moments", divergence="mse")
     LAFTREstimator(mode='moments', divergence='mse', fitted=False)
@@ -247,4 +253,10 @@ def function_space_estimator(name: str, **kwargs: Any) -> FunctionSpaceEstimator
     if name not in _NAMED:
         raise ValueError(f"estimator must be one of {', '.join(map(repr, _NAMED))}; got {name!r}.")
     kind, options = _NAMED[name]
+    known = {name for each in kind.__mro__[:-2] for name in inspect.signature(each).parameters} - {"kwargs"}
+    unknown = sorted(kwargs.keys() - known)
+    if unknown:
+        raise ValueError(
+            f"estimator {name!r} has no option {', '.join(map(repr, unknown))}; it knows {', '.join(sorted(known))}."
+        )
     return kind(**{**options, **kwargs})

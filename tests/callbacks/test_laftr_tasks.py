@@ -199,8 +199,8 @@ def test_several_training_loaders_are_refused_before_the_training():
     ("kwargs", "data", "message"),
     [
         ({"inputs": "image"}, None, "has no entry 'image': say with inputs="),
-        ({"heads": lambda task: slice(4, 8)}, None, "at least one of 3 outputs; got slice"),
-        ({"heads": lambda task: [7]}, None, r"heads must index 3 outputs of the module; got \[7\]"),
+        ({"heads": lambda task: slice(4, 8)}, None, "at least one of 3 outputs, and none beyond them; got slice"),
+        ({"heads": lambda task: [7]}, None, r"at least one of 3 outputs, and none beyond them; got \[7\]"),
         ({}, TensorDataset(torch.rand(8, 6), torch.rand(8, 3)), "class_conditional=True needs a class number"),
     ],
 )

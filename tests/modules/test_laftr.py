@@ -519,7 +519,7 @@ def test_a_network_that_moved_since():
 
 def test_other_estimators_do_not_count():
     net = network()
-    with pytest.raises(ValueError, match="num_train is None, and a EWCEstimator does not count the training samples"):
+    with pytest.raises(ValueError, match="num_train is None, and EWCEstimator does not count the training samples"):
         influence(net, EWCEstimator().fit(net, [data()])).scores(loader(TensorDataset(*data())))
 
 

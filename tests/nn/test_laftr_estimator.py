@@ -276,7 +276,7 @@ def test_class_numbers_are_needed_and_checked():
     ("arguments", "message"),
     [
         ({"mode": "exact"}, "mode must be one of 'relu', 'sample', 'moments', 'mean'; got 'exact'"),
-        ({"num_samples": 0}, "num_samples must be at least 1"),
+        ({"num_samples": 0}, "num_samples must be an integer of at least 1"),
         ({"jitter": -1.0}, "jitter at least 0; got 200, -1.0"),
         ({"mode": "moments", "divergence": "softmax_l2"}, "has a closed form for 'mse' and 'kl' only"),
         ({"mode": "mean", "divergence": "softmax_l2"}, "has a closed form for 'mse' and 'kl' only"),
