@@ -73,7 +73,7 @@ def test_metadata(wheel):
     lightning = next(line for line in metadata if line.startswith("Requires-Dist: pytorch-lightning"))
     assert "!=2.6.2" in lightning
     assert "!=2.6.3" in lightning
-    assert {"cli", "plot", "examples", "all"} == {
+    assert {"cli", "plot", "examples", "ksg", "all"} == {
         line.removeprefix("Provides-Extra: ") for line in metadata if line.startswith("Provides-Extra")
     }
 

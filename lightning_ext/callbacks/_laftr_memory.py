@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_ext.functional import fold_in
 from lightning_ext.nn import FunctionSpaceEstimator, function_space_estimator
-from lightning_ext.nn.laftr import require_heads
+from lightning_ext.nn._laftr_network import require_heads
 
 Heads = slice | Tensor | Sequence[int]
 Consolidation = Literal["all", "last", "merge"]

@@ -14,6 +14,7 @@ of the batches; vectors are rows of a block ``(R, D)``.
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -78,9 +79,9 @@ class _ThroughOutputs(CurvatureOperator):
     def columns(self, y: Tensor, t: Tensor) -> Tensor:
         """Return ``(S, *y.shape)``, the columns of a square root of B."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._gradients = SampleGradients(self.module, self.objective, self.view)
+    @cached_property
+    def _gradients(self) -> SampleGradients:
+        return SampleGradients(self.module, self.objective, self.view)
 
     def _share(self, batch: Any, *, check: bool) -> Share:
         return _OutputShare(self, batch, check)

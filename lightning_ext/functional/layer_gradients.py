@@ -231,8 +231,11 @@ class OuterProducts(GradientBlock):
         explicit = outputs * inputs * (1 + other.g.shape[2] / held)  # others are written out once per ``held`` samples
         if self.weight and pairs * (outputs + inputs) > explicit:
             return super().dot(other)
+        chunks = list(pieces(len(self), 2 * len(other) * pairs * self.g.shape[0] * self.g.element_size()))
+        if len(chunks) == pairs == self.g.shape[0] == 1:  # nothing to sum over
+            return self._pairs("gbtf,gcuf->gbctu", self, other).reshape(len(self), len(other))
         out = self.g.new_empty(len(self), len(other))
-        for chunk in pieces(len(self), 2 * len(other) * pairs * self.g.shape[0] * self.g.element_size()):
+        for chunk in chunks:
             torch.sum(self._pairs("gbtf,gcuf->gbctu", self[chunk], other), (0, 3, 4), out=out[chunk])
         return out
 

@@ -22,7 +22,8 @@ from lightning_ext.functional import (
 from lightning_ext.modules._influence_data import Shard, plain
 from lightning_ext.modules._influence_identity import digest
 from lightning_ext.modules._influence_source import CurvatureSource
-from lightning_ext.nn.laftr import FunctionSpaceEstimator, named_values, plain_name
+from lightning_ext.nn._laftr_network import named_values, plain_name
+from lightning_ext.nn.laftr import FunctionSpaceEstimator
 from lightning_ext.nn.laftr_estimator import LAFTREstimator
 from lightning_ext.nn.laftr_fisher import L2Estimator
 

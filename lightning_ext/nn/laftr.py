@@ -6,15 +6,26 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, Self
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_ext.functional import Substitution, evaluating, map_tensors, output_divergence, seeded_generator
+from lightning_ext.nn._laftr_network import (
+    Heads,
+    Reduce,
+    entry_of,
+    grown,
+    named_values,
+    outside_inference,
+    own_buffers,
+    plain_heads,
+    plain_name,
+    require_heads,
+    unmoved,
+    weight_of,
+    widened,
+)
 
 __all__ = ["FunctionSpaceEstimator", "MeanDistance"]
-
-Heads = slice | Tensor | Sequence[int]
-Reduce = Callable[[Tensor], Tensor]
 
 
 def _plain_call(module: Any, x: Any) -> Tensor:
@@ -112,7 +123,7 @@ class FunctionSpaceEstimator(nn.Module):
                 finite, heads are no outputs, or the network draws random numbers in eval mode.
             TypeError: If inputs are not floating where moments are taken of them.
         """
-        self._facts = {"heads": _plain_heads(heads)}
+        self._facts = {"heads": plain_heads(heads)}
         self._kept, self._draws, self._shared, self._unseen = {}, 0, False, True
         with self._quiet(module):
             self._reference = {name: tensor.detach().clone() for name, tensor in self.values_of(module).items()}
@@ -210,7 +221,7 @@ class FunctionSpaceEstimator(nn.Module):
         if not self._unseen:
             return self._call(module, x)
         self._unseen = False
-        with unmoved(_weight(module).device) as moved:
+        with unmoved(weight_of(module).device) as moved:
             outputs = self._call(module, x)
         if moved():
             raise ValueError(
@@ -222,11 +233,11 @@ class FunctionSpaceEstimator(nn.Module):
 
     def inputs_of(self, batch: Any) -> Any:
         """The network's inputs in a batch."""
-        return _entry(batch, self.inputs, 0, "inputs")
+        return entry_of(batch, self.inputs, 0, "inputs")
 
     def targets_of(self, batch: Any) -> Tensor:
         """The targets in a batch."""
-        found: Tensor = _entry(batch, self.target, 1, "target")
+        found: Tensor = entry_of(batch, self.target, 1, "target")
         return found
 
     def run(self, module: nn.Module, values: Mapping[str, Tensor], x: Any) -> Tensor:
@@ -279,7 +290,7 @@ class FunctionSpaceEstimator(nn.Module):
         reshaped = [
             f"{name}: {tuple(now[name])}, there {tuple(kept.shape)}"
             for name, kept in self._reference.items()
-            if name in now and not _grown(kept.shape, now[name])
+            if name in now and not grown(kept.shape, now[name])
         ]
         if missing or reshaped:
             raise ValueError(
@@ -291,8 +302,8 @@ class FunctionSpaceEstimator(nn.Module):
     def _quiet(self, module: nn.Module) -> Iterator[None]:
         compiled = any(name.endswith("_orig_mod") for name, _ in module.named_modules())
         plainly = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
-        full = torch.autocast(_weight(module).device.type, enabled=False)
-        with _outside_inference(), evaluating(module), full, plainly, _own_buffers(module) as buffers:
+        full = torch.autocast(weight_of(module).device.type, enabled=False)
+        with outside_inference(), evaluating(module), full, plainly, own_buffers(module) as buffers:
             places = Substitution(module, plain_name)
             self._seen, self._written = (module, places, places.values()), buffers
             try:
@@ -359,130 +370,3 @@ class MeanDistance(FunctionSpaceEstimator):
             estimator.reseed(self._draws * len(self.estimators) + number)
         self._draws += 1
         return torch.stack([estimator.distance(module) for estimator in self.estimators]).mean()
-
-
-@contextmanager
-def _outside_inference() -> Iterator[None]:
-    """What is worked out in inference mode and kept could not be differentiated through later."""
-    if not torch.is_inference_mode_enabled():
-        yield
-        return
-    with torch.inference_mode(False), torch.no_grad():
-        yield
-
-
-@contextmanager
-def _own_buffers(module: nn.Module) -> Iterator[set[str]]:
-    """Let the module work on copies of its buffers; their plain names."""
-    held = [(part, name, buffer) for part in module.modules() for name, buffer in part._buffers.items()]
-    held = [(part, name, buffer) for part, name, buffer in held if buffer is not None]
-    copies = {id(buffer): buffer.clone() for _, _, buffer in held}  # type: ignore[union-attr]
-    for part, name, buffer in held:
-        part._buffers[name] = copies[id(buffer)]
-    try:
-        yield {plain_name(name) for name, _ in module.named_buffers()}
-    finally:
-        for part, name, buffer in held:
-            part._buffers[name] = buffer
-
-
-@contextmanager
-def unmoved(device: torch.device) -> Iterator[Callable[[], bool]]:
-    """Put torch's random state back; what is given says whether it had moved."""
-    accelerated = device.type == "cuda"
-
-    def states() -> list[Tensor]:
-        return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if accelerated else [])]
-
-    before: list[Tensor] = states()
-    after: list[Tensor] = []
-    try:
-        yield lambda: not all(map(torch.equal, before, after))
-    finally:
-        after += states()
-        torch.set_rng_state(before[0])
-        if accelerated:
-            torch.cuda.set_rng_state(before[1], device)
-
-
-def plain_name(name: str) -> str:
-    """The name of a parameter, whether the part that holds it is compiled or not."""
-    return name.replace("_orig_mod.", "")
-
-
-def named_values(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by their plain names; a tied one by its first."""
-    return Substitution(module, plain_name).values()
-
-
-def _weight(module: nn.Module) -> Tensor:
-    for parameter in module.parameters():
-        if parameter.is_floating_point():
-            return parameter
-    raise ValueError("the module has no floating-point parameter.")
-
-
-def _grown(kept: torch.Size, now: torch.Size) -> bool:
-    return kept == now or (len(kept) == len(now) > 0 and kept[1:] == now[1:] and kept[0] < now[0])
-
-
-def widened(tensor: Tensor) -> Tensor:
-    """In float32 at least."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32)) if tensor.is_floating_point() else tensor
-
-
-def require_batches(found: bool, module: nn.Module, reduce: Reduce | None) -> None:
-    """Refuse on all ranks alike if one of them has no data: the others would wait for it."""
-    counts = torch.tensor([float(found), 1.0], device=_weight(module).device)
-    having, ranks = (counts if reduce is None else reduce(counts)).long().tolist()
-    if not having:
-        raise ValueError("batches holds no batch: give a loader, or a list of batches.")
-    if having < ranks:
-        raise ValueError(f"{ranks - having} of {ranks} ranks have no batch: each needs a share of the data.")
-
-
-def own_rank(reduce: Reduce | None) -> int:
-    """Which of the ranks this is that take part in a fit."""
-    return dist.get_rank() if reduce is not None and dist.is_initialized() else 0
-
-
-def _plain_heads(heads: Heads | None) -> Any:
-    if heads is None:
-        return None
-    if isinstance(heads, slice):
-        return {"slice": [heads.start, heads.stop, heads.step]}
-    try:
-        places = torch.as_tensor(heads)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"heads must be a slice, or a list of the outputs that count; got {heads!r}.") from error
-    if places.ndim != 1 or places.is_floating_point() or not len(places):
-        raise ValueError(f"heads must be a slice, or a list of the outputs that count; got {heads!r}.")
-    found: list[int] = (places.nonzero().flatten() if places.dtype == torch.bool else places).tolist()
-    return found
-
-
-def require_heads(heads: Heads | None, outputs: int) -> None:
-    """Refuse a choice of outputs that the network does not have, or of none."""
-    if heads is None:
-        return
-    if isinstance(heads, slice):
-        chosen: Sequence[int] = range(outputs)[heads]
-    else:
-        chosen = _plain_heads(heads)
-    if not len(chosen) or not all(-outputs <= place < outputs for place in chosen):
-        raise ValueError(f"heads must choose at least one of {outputs} outputs, and none beyond them; got {heads!r}.")
-
-
-def _entry(batch: Any, chosen: str | Callable[[Any], Any] | None, place: int, argument: str) -> Any:
-    if callable(chosen):
-        return chosen(batch)
-    if chosen is None and place == 0 and isinstance(batch, Tensor):
-        return batch
-    key: Any = place if chosen is None else chosen
-    try:
-        return batch[key]
-    except (KeyError, IndexError, TypeError) as error:
-        raise ValueError(
-            f"a {type(batch).__name__} has no entry {key!r}: say with {argument}= where the network's {argument} are, "
-            "by a key or a function of the batch."
-        ) from error

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_ext.functional import output_divergence, seeded_generator
-from lightning_ext.nn.laftr import FunctionSpaceEstimator, Reduce, own_rank, plain_name, require_batches
+from lightning_ext.nn._laftr_network import Reduce, own_rank, plain_name, require_batches
+from lightning_ext.nn.laftr import FunctionSpaceEstimator
 
 __all__ = ["CoresetEstimator", "FullDataEstimator", "NTKEstimator"]
 

@@ -22,8 +22,9 @@ from lightning_ext.functional import (
     sequential_layers,
 )
 from lightning_ext.functional.parameters import recomputation_refused
+from lightning_ext.nn._laftr_network import Reduce, require_batches, widened
 from lightning_ext.nn._laftr_sums import Gathered, joined, packed, unpacked
-from lightning_ext.nn.laftr import FunctionSpaceEstimator, MeanDistance, Reduce, require_batches, widened
+from lightning_ext.nn.laftr import FunctionSpaceEstimator, MeanDistance
 
 __all__ = ["LAFTREstimator"]
 

@@ -13,7 +13,8 @@ from lightning_ext.functional import (
     ParameterView,
     seeded_generator,
 )
-from lightning_ext.nn.laftr import FunctionSpaceEstimator, Reduce, own_rank, plain_name, widened
+from lightning_ext.nn._laftr_network import Reduce, own_rank, plain_name, widened
+from lightning_ext.nn.laftr import FunctionSpaceEstimator
 from lightning_ext.nn.laftr_baselines import CoresetEstimator, FullDataEstimator, NTKEstimator
 from lightning_ext.nn.laftr_estimator import LAFTREstimator
 

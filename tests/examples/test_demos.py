@@ -16,6 +16,7 @@ SHORT = {
     "influence": {"NUM_TRAIN": 200, "FLIPPED": 20},
     "laftr": {"EPOCHS": 1},
     "mrvae": {"EPOCHS": 2},
+    "mutual_information": {"EPOCHS": 15, "PAIRS": 8, "CHAINS": 2, "SAMPLES": (10, 100, 1000), "STEPS": (5, 10)},
 }
 
 pytestmark = pytest.mark.skipif(

@@ -137,6 +137,33 @@ class TestTheCheck:
             gradients(samples(n))
         assert module.sizes == [1, 1, 11, 1, 12, 3, 1, 13]
 
+    def test_linear_layers_one_after_the_other_need_no_check(self, monkeypatch):
+        calls = []
+        outputs = InfluenceObjective.outputs
+        monkeypatch.setattr(InfluenceObjective, "outputs", lambda *args: calls.append(args) or outputs(*args))
+        chain = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+        SampleGradients(chain, InfluenceObjective())(samples())
+        assert len(calls) == 1
+        others = [
+            (nn.Sequential(chain, nn.BatchNorm1d(3)).double(), samples(), None),
+            (chain, samples(), lambda module, batch: module(batch[0])),
+            (chain, (torch.randn(5, 2, 4).double(), torch.zeros(5, 2).long()), None),
+        ]
+        for module, batch, forward in others:
+            calls.clear()
+            SampleGradients(module, InfluenceObjective(forward=forward))(batch)
+            assert len(calls) == 2
+
+    @pytest.mark.parametrize("where", ["hook", "forward"])
+    def test_samples_that_meet_in_a_chain_are_seen(self, where):
+        chain = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+        if where == "hook":
+            chain[1].register_forward_hook(lambda module, args, out: out - out.mean(0))
+        else:
+            chain[1].forward = lambda x: x.tanh() - x.mean(0)
+        with pytest.raises(ValueError, match="when it is alone than in its batch"):
+            SampleGradients(chain, InfluenceObjective())(samples())
+
     @pytest.mark.parametrize("name", ["interleaved", "outside"])
     def test_a_fallback_is_for_good_and_right(self, name):
         module, batch = layer_toys.build(name)
