@@ -165,6 +165,8 @@ def _both(function: Any, z: Tensor, closed: bool) -> tuple[Tensor, Tensor]:
             raise ValueError(
                 f"a log-density must give one number per point, {tuple(z.shape[:-1])}; got {tuple(value.shape)}."
             )
+        if not value.requires_grad:
+            raise ValueError("a log-density must depend on z by autograd: is it detached, or worked out in no_grad?")
         [gradient] = torch.autograd.grad([value], [leaf], [torch.ones_like(value)])
     return value.detach(), gradient
 

@@ -137,6 +137,15 @@ class PairModule(AddressedNoise):
         return torch.logsumexp(gathered, 0) - torch.tensor(self._world_size, dtype=gathered.dtype).log()
 
 
+def require_critic(critic: object) -> None:
+    """Refuse what cannot score many latents for one x; one that is compiled can."""
+    if not all(hasattr(critic, name) for name in ("embed", "score", "matrix")):
+        raise ValueError(
+            f"critic must be a PairCritic; got {type(critic).__name__}. Subclass it with score(embedded, z), T of data "
+            "(B, h) and latents (..., B, d) as (..., B)."
+        )
+
+
 def distribution_of(proposal: nn.Module, x: Tensor) -> Distribution:
     """What a proposal gives for data, checked."""
     found, points = proposal(x), len(x)

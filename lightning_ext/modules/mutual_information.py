@@ -22,6 +22,7 @@ from lightning_ext.modules._mutual_information_pairs import (
     distribution_of,
     log_prior_of,
     reparametrised,
+    require_critic,
 )
 from lightning_ext.nn import LatentModel, PairCritic
 
@@ -200,6 +201,7 @@ class CriticModule(PairModule):
             raise ValueError(f"ema must be at least 0 and below 1; got {ema}.")
         if clip is not None and not clip > 0:
             raise ValueError(f"clip must be positive, or None; got {clip}.")
+        require_critic(critic)
         measured = _MEASURED[objective]
         metrics: dict[str, Metric] = {
             "infonce": InfoNCE("slots"), "nwj": NWJEstimate(), "dv": DonskerVaradhanEstimate(),

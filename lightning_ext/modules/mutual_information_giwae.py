@@ -12,6 +12,7 @@ from lightning_ext.modules._mutual_information_pairs import (
     distribution_of,
     log_prior_of,
     reparametrised,
+    require_critic,
 )
 from lightning_ext.nn import PairCritic
 
@@ -69,6 +70,7 @@ class GIWAEModule(PairModule):
             raise ValueError(
                 f"num_samples must be at least 2; got {num_samples}. With 1 there is no critic: BarberAgakovModule."
             )
+        require_critic(critic)
         super().__init__(optimizer, seed, {"giwae": GIWAEBound(), "ba": BarberAgakovBound()})
         self.proposal, self.critic = proposal, critic
         self.num_samples, self.detach_negatives = num_samples, detach_negatives

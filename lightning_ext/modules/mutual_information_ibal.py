@@ -19,7 +19,12 @@ from lightning_ext.functional import (
     tune_step_sizes,
 )
 from lightning_ext.metrics import IBALEstimate, MutualInformationSandwich
-from lightning_ext.modules._mutual_information_pairs import distribution_of, log_prior_of, standard_normal
+from lightning_ext.modules._mutual_information_pairs import (
+    distribution_of,
+    log_prior_of,
+    require_critic,
+    standard_normal,
+)
 from lightning_ext.nn import PairCritic, Proposal, check_deterministic
 
 __all__ = ["ImplicitBound", "measure_implicit_bound"]
@@ -44,8 +49,9 @@ class AnnealingOptions:
     def __post_init__(self) -> None:
         """Check the ranges."""
         for name in ("num_chains", "num_steps", "num_leapfrog", "pilot_rounds"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
+            given = getattr(self, name)
+            if not isinstance(given, int) or given < 1:
+                raise ValueError(f"{name} must be an integer of at least 1; got {given!r}.")
         if self.chunk_size is not None and self.chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1, or None; got {self.chunk_size}.")
         if self.schedule not in ("sigmoid", "linear"):
@@ -228,6 +234,7 @@ def anneal(
     progress: Callable[[int], object] | None = None,
 ) -> AnnealedCritic:
     """Tune the steps on chains that never see z, freeze them, and run the chains both ways."""
+    require_critic(critic)
     for network in (critic, *([] if proposal is None else [proposal])):
         check_deterministic(network)
     if z.ndim != 2 or len(z) != len(x):

@@ -10,7 +10,13 @@ from lightning_ext._lightning import refuse_sharded
 from lightning_ext.data import IndexedBatch
 from lightning_ext.functional import hmc_transition
 from lightning_ext.metrics import IBALEstimate
-from lightning_ext.modules._mutual_information_pairs import MakeOptimizer, PairModule, distribution_of, log_prior_of
+from lightning_ext.modules._mutual_information_pairs import (
+    MakeOptimizer,
+    PairModule,
+    distribution_of,
+    log_prior_of,
+    require_critic,
+)
 from lightning_ext.modules.mutual_information_ibal import AnnealingOptions, anneal, base_of, critic_path
 from lightning_ext.nn import PairCritic, check_deterministic
 
@@ -104,6 +110,7 @@ class MINEAISModule(PairModule):
             raise ValueError(f"num_transitions must be at least 1; got {num_transitions}.")
         if not step_size > 0 or energy_l2 < 0:
             raise ValueError(f"step_size must be positive and energy_l2 at least 0; got {step_size} and {energy_l2}.")
+        require_critic(critic)
         options = AnnealingOptions(num_chains, num_steps, num_leapfrog, delta=delta, target_accept=target_accept)
         super().__init__(optimizer, seed, {"ibal": IBALEstimate(), "ibal_forward": IBALEstimate("forward")})
         self.critic, self.proposal, self.prior = critic, proposal, prior

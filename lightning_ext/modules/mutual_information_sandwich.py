@@ -51,8 +51,9 @@ class SandwichOptions:
         if isinstance(self.bounds, str) or unknown or not self.bounds or len(set(self.bounds)) < len(self.bounds):
             raise ValueError(f"bounds must be some of {', '.join(map(repr, get_args(Bound)))}; got {self.bounds!r}.")
         for name in ("num_points", "num_samples", "num_chains", "num_steps", "num_leapfrog", "pilot_rounds"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
+            least, given = 2 if name == "num_points" else 1, getattr(self, name)
+            if not isinstance(given, int) or given < least:
+                raise ValueError(f"{name} must be an integer of at least {least}; got {given!r}.")
         if self.chunk_size is not None and self.chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1, or None; got {self.chunk_size}.")
         for name, known in (("schedule", ("sigmoid", "linear")), ("proposal", ("prior", "model"))):
@@ -134,7 +135,7 @@ def measure_mutual_information(
     Args:
         model: the model, in eval mode.
         bounds: which; each once.
-        num_points: pairs in all, over all ranks.
+        num_points: pairs in all, over all ranks; at least 2, for standard errors.
         num_samples: K of ``"iwae"``. Its lower bound is at most log K above what the proposal alone gives.
         num_chains: K of ``"ais"``, each way.
         num_steps: T, temperatures of a chain. The gap falls about as 1 / T.
@@ -152,7 +153,7 @@ def measure_mutual_information(
         The bounds with their standard errors over pairs.
 
     Raises:
-        ValueError: For arguments out of range; a model with dropout or batch normalisation in training mode; integer
+        ValueError: For arguments out of range; a model with dropout or batch normalisation in training mode; discrete
             latents with ``"ais"``; a model without a proposal; densities that are not numbers.
 
     Source: Brekelmans et al. 2022 (arXiv:2303.06992); Grosse et al. 2015 (arXiv:1511.02543).
@@ -185,7 +186,7 @@ def run_sandwich(
     """The same by options, with further addresses of the draws."""
     check_deterministic(model)
     if model.discrete and "ais" in options.bounds:
-        raise ValueError("the model's latents are integers, which chains cannot move along: use bounds=('iwae',).")
+        raise ValueError("the model's latents are discrete, and chains cannot move along them: use bounds=('iwae',).")
     rank, world = (dist.get_rank(), dist.get_world_size()) if _distributed() else (0, 1)
     if options.num_points < world:
         raise ValueError(f"num_points must be at least one for each of {world} ranks; got {options.num_points}.")
@@ -234,6 +235,12 @@ class _Pairs:
 
     def __init__(self, model: LatentModel, num: int, start: str, generator: Generator) -> None:
         self.x, self.z = model.simulate(num, generator)
+        odd = (~self.x.isfinite()).flatten(1).any(1)
+        if bool(odd.any()):
+            raise ValueError(
+                f"{int(odd.sum())} of {num} data points that {type(model).__name__} simulates are not finite: its "
+                "decoder, or sample_x, gives NaN or infinity at latents from the prior."
+            )
         self.model, self._proposal = model, None
         if start == "model":
             self._proposal = model.proposal(self.x)

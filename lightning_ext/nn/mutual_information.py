@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.distributions import Distribution, Independent, Normal
+from torch.distributions import Distribution, Independent, Normal, constraints
 
 from lightning_ext.functional import AnnealingPath, DiagonalGaussian
 from lightning_ext.nn.mrvae_convert import posterior_parameters, reconstruction_parameters
@@ -40,7 +40,7 @@ class Proposal:
 
     @classmethod
     def of(cls, distribution: Distribution) -> "Proposal":
-        """A distribution whose batch and event shapes make up ``(B, d)``."""
+        """A distribution whose batch and event shapes make up ``(B, d)``; minus infinity outside of its support."""
         plain = distribution.base_dist if isinstance(distribution, Independent) else distribution
         if type(plain) is Normal and plain.loc.ndim:
             return cls.gaussian(plain.loc.detach(), plain.scale.detach())
@@ -49,7 +49,8 @@ class Proposal:
             found = distribution.log_prob(z)
             return found if found.ndim < z.ndim else found.sum(-1)
 
-        return cls(density, lambda num, generator: _drawn(distribution, num, generator))
+        whole = density if _unbounded(distribution) else _within(distribution, density)
+        return cls(whole, lambda num, generator: _drawn(distribution, num, generator))
 
 
 class LatentModel(nn.Module):
@@ -152,7 +153,15 @@ class _DecoderModel(LatentModel):
     def decode(self, z: Tensor) -> Tensor:
         """Parameters ``(..., *event)`` of the data's density for latents ``(..., d)``."""
         flat = z.reshape(-1, self.latent_dim)
-        found = reconstruction_parameters(self.decoder(flat))
+        try:
+            found = reconstruction_parameters(self.decoder(flat))
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise ValueError(
+                f"the decoder does not take latents {tuple(flat.shape)}: {error}. Is latent_dim={self.latent_dim} its "
+                "number of inputs?"
+            ) from error
         if len(found) != len(flat):
             raise ValueError(f"the decoder must give one output per latent, {len(flat)}; got {tuple(found.shape)}.")
         return found.reshape(*z.shape[:-1], *found.shape[1:])
@@ -201,6 +210,10 @@ class GaussianDecoderModel(_DecoderModel):
         self, decoder: nn.Module, log_var: float | Tensor, latent_dim: int, encoder: nn.Module | None = None
     ) -> None:
         super().__init__(decoder, latent_dim, encoder)
+        if not isinstance(log_var, Tensor | float | int) or not bool(torch.as_tensor(log_var).isfinite().all()):
+            raise ValueError(
+                f"log_var must be a finite number or tensor, the logarithm of a variance; got {log_var!r}."
+            )
         if isinstance(log_var, nn.Parameter):
             self.log_var: Tensor = log_var
         else:
@@ -214,7 +227,7 @@ class GaussianDecoderModel(_DecoderModel):
             log_var = log_var.reshape(())
             squared = (flat - mean).square().sum(-1)
             return -0.5 * (squared * (-log_var).exp() + flat.shape[1] * (log_var + math.log(2 * math.pi)))
-        log_var = log_var.expand(x.shape[1:]).flatten()
+        log_var = self._for_each(x.shape[1:]).to(mean).flatten()
         squared = ((flat - mean).square() * (-log_var).exp()).sum(-1)
         return -0.5 * (squared + (log_var + math.log(2 * math.pi)).sum())
 
@@ -223,7 +236,16 @@ class GaussianDecoderModel(_DecoderModel):
         with torch.no_grad():
             mean = self.decode(z)
             noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
-            return mean + (0.5 * self.log_var.to(mean)).exp() * noise
+            return mean + (0.5 * self._for_each(mean.shape[1:]).to(mean)).exp() * noise
+
+    def _for_each(self, event: torch.Size) -> Tensor:
+        try:
+            return self.log_var.reshape(()).expand(event) if self.log_var.numel() == 1 else self.log_var.expand(event)
+        except RuntimeError as error:
+            raise ValueError(
+                f"log_var must broadcast against the decoder's outputs for one latent, {tuple(event)}; got "
+                f"{tuple(self.log_var.shape)}."
+            ) from error
 
 
 class BernoulliDecoderModel(_DecoderModel):
@@ -279,6 +301,8 @@ class DistributionModel(LatentModel):
     ) -> None:
         super().__init__(torch.Size((*prior.batch_shape, *prior.event_shape)).numel())
         self._prior, self._likelihood, self._proposal = prior, likelihood, proposal
+        self._example = _drawn(prior, None, torch.Generator())
+        self.discrete = bool(getattr(_support(prior), "is_discrete", False))
         self._density = Proposal.of(prior).density
 
     @property
@@ -303,6 +327,10 @@ class DistributionModel(LatentModel):
         """The distribution that was given for these data."""
         return None if self._proposal is None else Proposal.of(self._proposal(x))
 
+    def _like(self) -> Tensor:
+        """Where and what the prior's samples are."""
+        return self._example
+
 
 def check_deterministic(model: nn.Module) -> None:
     """Refuse networks whose densities change from call to call, or with their batch.
@@ -317,6 +345,33 @@ def check_deterministic(model: nn.Module) -> None:
                 f"{name or 'the model'} ({type(part).__name__}) is in training mode: the density is another one at "
                 "each call, and no bound holds. Call model.eval() first."
             )
+
+
+def _support(distribution: Distribution) -> constraints.Constraint | None:
+    try:
+        return distribution.support
+    except NotImplementedError:  # distributions of one's own need not say
+        return None
+
+
+def _unbounded(distribution: Distribution) -> bool:
+    support = _support(distribution)
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return support is None or support is constraints.real
+
+
+def _within(distribution: Distribution, density: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """A density outside of whose support there is nothing: chains that leave it are rejected."""
+    inner = _drawn(distribution, None, torch.Generator())
+
+    def bounded(z: Tensor) -> Tensor:
+        inside = distribution.support.check(z)  # type: ignore[union-attr]
+        inside = inside if inside.ndim < z.ndim else inside.all(-1)
+        found = density(torch.where(inside.unsqueeze(-1), z, inner.to(z)))
+        return torch.where(inside, found + 0 * z.sum(-1), -torch.inf)  # some, such as a uniform one, have no gradient
+
+    return bounded
 
 
 def _drawn(distribution: Distribution, num: int | None, generator: Generator | None) -> Tensor:

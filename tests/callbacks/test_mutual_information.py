@@ -177,7 +177,7 @@ def test_modules_it_knows_nothing_of_are_refused_by_name(tmp_path):
         ({"stage": "fit"}, "stage must be 'validate' or 'test'; got 'fit'"),
         ({"adapter": "decoder"}, "adapter must be a function of the module; got str"),
         ({"bounds": ["giwae"]}, "bounds must be some of"),
-        ({"num_steps": 0}, "num_steps must be at least 1"),
+        ({"num_steps": 0}, "num_steps must be an integer of at least 1"),
     ],
 )
 def test_arguments_out_of_range_are_refused(options, message):

@@ -161,6 +161,8 @@ def test_what_does_not_fit_is_refused():
         hmc_transition(path(), state, 1.0, 0.1, 0)
     with pytest.raises(ValueError, match=r"one number per point, \(4,\); got \(\)"):
         AnnealingPath(DiagonalGaussian(0.0, 1.0), lambda z: z.sum()).evaluate(torch.zeros(4, 3))
+    with pytest.raises(ValueError, match="must depend on z by autograd: is it detached"):
+        AnnealingPath(DiagonalGaussian(0.0, 1.0), lambda z: z.detach().sum(-1)).evaluate(torch.zeros(4, 3))
     with pytest.raises(ValueError, match="no gradients"):
         path().evaluate(torch.zeros(4, 3), gradient=False).gradient(1.0)
     with pytest.raises(ValueError, match="scale must be positive"):

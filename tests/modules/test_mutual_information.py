@@ -15,7 +15,13 @@ from lightning_ext.functional import (
     mine_objective,
     nwj_estimate,
 )
-from lightning_ext.modules import BarberAgakovModule, CriticModule
+from lightning_ext.modules import (
+    BarberAgakovModule,
+    CriticModule,
+    GIWAEModule,
+    MINEAISModule,
+    measure_implicit_bound,
+)
 from lightning_ext.nn import GaussianDecoderModel, GaussianProposal, LinearGaussianModel, QuadraticCritic
 from tests.modules.pairs import correlated, loader, on_two_ranks, trainer
 
@@ -314,3 +320,16 @@ def test_a_batch_without_enough_others_is_refused():
         CriticModule(quadratic()).loss(x[:1], z[:1])
     with pytest.raises(ValueError, match="meet 3 other z, and there are 2"):
         CriticModule(quadratic(), num_negatives=3).loss(x, z)
+
+
+def test_networks_that_are_no_critics_are_refused_at_once():
+    x, z = correlated(4)
+    plain = nn.Bilinear(1, 1, 1)
+    for call in (
+        lambda: CriticModule(plain),
+        lambda: GIWAEModule(GaussianProposal(nn.Linear(1, 2)), plain),
+        lambda: MINEAISModule(plain),
+        lambda: measure_implicit_bound(plain, x, z),
+    ):
+        with pytest.raises(ValueError, match=r"critic must be a PairCritic; got Bilinear. Subclass it with score"):
+            call()

@@ -114,7 +114,10 @@ class Dropping(QuadraticCritic):
     [
         (lambda x, z: measure_implicit_bound(Dropping(), x, z), r"drop \(Dropout\) is in training mode"),
         (lambda x, z: measure_implicit_bound(critic(1, 1, 1), x, z[:3]), r"one for each x; got \(3, 1\) for 8 x"),
-        (lambda x, z: measure_implicit_bound(critic(1, 1, 1), x, z, num_chains=0), "num_chains must be at least 1"),
+        (
+            lambda x, z: measure_implicit_bound(critic(1, 1, 1), x, z, num_chains=0),
+            "num_chains must be an integer of at least 1",
+        ),
         (lambda x, z: measure_implicit_bound(critic(1, 1, 1), x, z, schedule="log"), "'sigmoid' or 'linear'.*'log'"),
         (lambda x, z: measure_implicit_bound(critic(1, 1, 1), x, z, delta=-1.0), "delta must be positive; got -1.0"),
         (lambda x, z: measure_implicit_bound(critic(1, 1, 1), x, z, target_accept=1.0), "target_accept must be betw"),

@@ -198,7 +198,7 @@ class Dropping(QuadraticCritic):
     [
         ({"chain_init": "noise"}, "chain_init must be one of 'data', 'base', 'persistent'; got 'noise'"),
         ({"num_transitions": 0}, "num_transitions must be at least 1; got 0"),
-        ({"num_leapfrog": 0}, "num_leapfrog must be at least 1; got 0"),
+        ({"num_leapfrog": 0}, "num_leapfrog must be an integer of at least 1; got 0"),
         ({"step_size": 0.0}, "step_size must be positive and energy_l2 at least 0; got 0.0"),
         ({"energy_l2": -1.0}, "energy_l2 at least 0; got 0.1 and -1.0"),
         ({"target_accept": 0.0}, "target_accept must be between 0 and 1"),

@@ -5,10 +5,18 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.distributions import Bernoulli, Categorical, Exponential, Independent, Normal, Uniform
 
 from lightning_ext.functional import finite_joint_information, linear_gaussian_information
 from lightning_ext.modules import measure_mutual_information
-from lightning_ext.nn import FiniteModel, GaussianDecoderModel, LinearGaussianModel, MLPDecoder, MLPEncoder
+from lightning_ext.nn import (
+    DistributionModel,
+    FiniteModel,
+    GaussianDecoderModel,
+    LinearGaussianModel,
+    MLPDecoder,
+    MLPEncoder,
+)
 from lightning_ext.testing import run_ddp
 
 JOINT = torch.tensor([[0.30, 0.05, 0.05], [0.05, 0.25, 0.10], [0.02, 0.08, 0.10]])
@@ -60,7 +68,7 @@ def test_integer_latents_have_samples_alone():
     truth = finite_joint_information(JOINT).item()
     assert values["iwae/lower"] - 0.03 < truth < values["iwae/upper"] + 0.03
     assert values["iwae/gap"] < 0.03
-    with pytest.raises(ValueError, match=r"latents are integers.*bounds=\('iwae',\)"):
+    with pytest.raises(ValueError, match=r"latents are discrete.*bounds=\('iwae',\)"):
         measure_mutual_information(model)
 
 
@@ -118,10 +126,11 @@ def test_the_picture():
         ({"bounds": ["mine"]}, "bounds must be some of"),
         ({"bounds": "ais"}, "bounds must be some of"),
         ({"bounds": ["ais", "ais"]}, "bounds must be some of"),
-        ({"num_points": 0}, "num_points must be at least 1; got 0"),
-        ({"num_chains": 0}, "num_chains must be at least 1"),
-        ({"num_steps": 0}, "num_steps must be at least 1"),
-        ({"num_samples": -1}, "num_samples must be at least 1"),
+        ({"num_points": 1}, "num_points must be an integer of at least 2; got 1"),
+        ({"num_points": 2.5}, r"num_points must be an integer of at least 2; got 2\.5"),
+        ({"num_chains": 0}, "num_chains must be an integer of at least 1"),
+        ({"num_steps": 0}, "num_steps must be an integer of at least 1"),
+        ({"num_samples": -1}, "num_samples must be an integer of at least 1"),
         ({"chunk_size": 0}, "chunk_size must be at least 1, or None"),
         ({"schedule": "cosine"}, "schedule must be 'sigmoid' or 'linear'; got 'cosine'"),
         ({"proposal": "encoder"}, "proposal must be 'prior' or 'model'"),
@@ -153,5 +162,43 @@ def test_a_decoder_that_is_no_number_far_out_is_survived_or_named():
     values = measure_mutual_information(model, num_points=20, num_chains=4, num_steps=10, num_samples=20).values
     assert all(value.isfinite() for value in values.values())
     cliff.edge = 1.0
-    with pytest.raises(ValueError, match=r"NaN|not finite"):
+    with pytest.raises(ValueError, match="data points that GaussianDecoderModel simulates are not finite"):
         measure_mutual_information(model, num_points=20, num_steps=4)
+
+
+def _information(log_prior, low, high, scale):
+    """Of z and z + scale * noise, by quadrature."""
+    z = torch.linspace(low, high, 4001, dtype=torch.float64)
+    x = torch.linspace(low - 8 * scale, high + 8 * scale, 4001, dtype=torch.float64)
+    joint = log_prior(z).exp() * Normal(z, scale).log_prob(x[:, None]).exp()
+    p = torch.trapezoid(joint, z)
+    return -torch.trapezoid(torch.special.xlogy(p, p), x) - Normal(0.0, torch.tensor(scale)).entropy()
+
+
+@pytest.mark.parametrize("prior", [Uniform(0.0, 1.0), Exponential(1.0)], ids=["uniform", "exponential"])
+def test_priors_with_an_edge(prior):
+    # torch's own density of an exponential goes on below 0, and that of a uniform one has no gradient
+    scale, end = 0.2, 1.0 if isinstance(prior, Uniform) else 40.0
+    truth = float(_information(prior.log_prob, 0.0, end, scale))
+    wide = prior.expand([1])
+    for one in (wide, Independent(wide, 1)):
+        model = DistributionModel(one, lambda z: Normal(z, scale))
+        found = measure_mutual_information(
+            model, num_points=1000, num_chains=8, num_steps=60, num_samples=200, seed=1
+        ).values
+        for bound in ("iwae", "ais"):
+            assert float(found[f"{bound}/lower"] - 4 * found[f"{bound}/lower_stderr"]) < truth
+            assert float(found[f"{bound}/upper"] + 4 * found[f"{bound}/upper_stderr"]) > truth
+            assert float(found[f"{bound}/gap"]) < 0.2
+
+
+def test_priors_without_gradients_are_refused_by_name():
+    bits = Independent(Bernoulli(torch.full((3,), 0.5)), 1)
+    for prior in (bits, Categorical(torch.ones(3))):
+        model = DistributionModel(prior, lambda z: Normal(z.float(), 1.0))
+        with pytest.raises(ValueError, match="the model's latents are discrete"):
+            measure_mutual_information(model)
+    found = measure_mutual_information(
+        DistributionModel(bits, lambda z: Normal(z, 0.05)), bounds=["iwae"], num_points=500, num_samples=500
+    ).values
+    assert float(found["iwae/upper"]) == pytest.approx(3 * math.log(2), abs=0.1)

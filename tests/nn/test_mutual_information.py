@@ -1,11 +1,12 @@
 """Latent variable models: densities are torch's own, samples have their moments, shapes never broadcast."""
 
 import math
+from typing import ClassVar
 
 import pytest
 import torch
 from torch import nn
-from torch.distributions import Bernoulli, Independent, MultivariateNormal, Normal
+from torch.distributions import Bernoulli, Distribution, Independent, MultivariateNormal, Normal
 
 from lightning_ext.functional import DiagonalGaussian, ais_forward, hmc_kernel, linear_schedule
 from lightning_ext.nn import (
@@ -201,6 +202,12 @@ class Unsummed(LatentModel):
             torch.zeros(2, 8, dtype=F64), torch.zeros(2, 3, dtype=F64)),
          r"outputs are \(7,\) for each latent, but x is \(8,\)"),
         (lambda: GaussianDecoderModel(nn.Flatten(0), 0.0, 3).decode(torch.zeros(2, 3)), "one output per latent, 2"),
+        (lambda: GaussianDecoderModel(dense(7), 0.0, 2).decode(torch.zeros(4, 2, dtype=F64)),
+         r"the decoder does not take latents \(4, 2\).*Is latent_dim=2 its number of inputs"),
+        (lambda: GaussianDecoderModel(dense(7), None, 3), "log_var must be a finite number .*; got None"),
+        (lambda: GaussianDecoderModel(dense(7), math.nan, 3), "log_var must be a finite number .*; got nan"),
+        (lambda: GaussianDecoderModel(dense(7), torch.zeros(3), 3).simulate(2),
+         r"log_var must broadcast against the decoder's outputs for one latent, \(7,\); got \(3,\)"),
         (lambda: LinearGaussianModel(torch.ones(2, 1), torch.ones(2), 0.0), "sigma must be positive"),
         (lambda: FiniteModel(torch.tensor([[1.0, 0.0]])), "none of whose columns is empty"),
     ],
@@ -208,6 +215,22 @@ class Unsummed(LatentModel):
 def test_what_does_not_fit_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_distribution_need_not_tell_its_support():
+    class Mine(Distribution):
+        arg_constraints: ClassVar[dict] = {}
+
+        def log_prob(self, z):
+            return Normal(0.0, 1.0).log_prob(z)
+
+        def sample(self, shape=()):
+            return torch.randn(*shape, *self.batch_shape)
+
+    model = DistributionModel(Mine(torch.Size([2])), lambda z: Normal(z, 1.0))
+    _, z = model.simulate(5, seeded())
+    assert not model.discrete
+    torch.testing.assert_close(model.prior(z), DiagonalGaussian(0.0, 1.0)(z))
 
 
 def test_densities_that_change_from_call_to_call_are_refused():
