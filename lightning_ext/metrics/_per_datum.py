@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_ext.functional import merge_moments, moments_variance, update_moments
-from lightning_ext.metrics._precise import PreciseMetric, accumulator_dtype
+from lightning_ext.functional import merge_moments, moments_variance, update_moments, widest_float
+from lightning_ext.metrics._precise import PreciseMetric
 from lightning_ext.metrics.mutual_information_plot import plot_bounds
 
 SIDES = ("lower", "upper", "both")
@@ -38,7 +38,7 @@ class PerDatumMean(PreciseMetric):
 
     def widened(self, **tensors: Tensor | None) -> list[Tensor]:
         """What ``update`` was given, without gradient, in the widest float of the metric's device."""
-        dtype, found = accumulator_dtype(self.device), []
+        dtype, found = widest_float(self.device), []
         for name, value in tensors.items():
             if value is None:
                 told = f" with side={self.side!r}" if hasattr(self, "side") else ""

@@ -10,10 +10,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 from torchmetrics.utilities.prints import rank_zero_warn
 
-
-def accumulator_dtype(device: torch.device) -> torch.dtype:
-    """The widest float that a device can add up in."""
-    return torch.float32 if device.type == "mps" else torch.float64
+from lightning_ext.functional import widest_float
 
 
 class PreciseMetric(Metric):
@@ -51,16 +48,16 @@ class PreciseMetric(Metric):
     def _place(self, state: Any) -> Any:
         if isinstance(state, list):  # pieces to concatenate keep the precision they came in
             return [self._place_piece(piece) for piece in state]
-        dtype = accumulator_dtype(self.device) if state.is_floating_point() else state.dtype
+        dtype = widest_float(self.device) if state.is_floating_point() else state.dtype
         return torch.as_tensor(state).to(device=self.device, dtype=dtype)
 
     def _place_piece(self, piece: Tensor) -> Tensor:
-        widest = accumulator_dtype(self.device)
+        widest = widest_float(self.device)
         return piece.to(device=self.device, dtype=widest if piece.dtype == torch.float64 else piece.dtype)
 
     def float_state(self, *shape: int) -> Tensor:
         """Zeros of the widest float of the metric's device."""
-        return torch.zeros(shape, dtype=accumulator_dtype(self.device), device=self.device)
+        return torch.zeros(shape, dtype=widest_float(self.device), device=self.device)
 
 
 class ConcatenatingMetric(PreciseMetric):
@@ -99,7 +96,7 @@ class ConcatenatingMetric(PreciseMetric):
 
     def _dtype_of(self, name: str) -> torch.dtype:
         dtype = self._dtypes[name]
-        return accumulator_dtype(self.device) if dtype == torch.float64 else dtype
+        return widest_float(self.device) if dtype == torch.float64 else dtype
 
 
 def check_pair(name: str, pair: Sequence[float] | None) -> tuple[float, float] | None:

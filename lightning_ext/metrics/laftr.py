@@ -7,8 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_ext.functional import ActivationSite, InputModel, InputStatistics, output_divergence
-from lightning_ext.metrics._precise import PreciseMetric, accumulator_dtype
+from lightning_ext.functional import ActivationSite, InputModel, InputStatistics, output_divergence, widest_float
+from lightning_ext.metrics._precise import PreciseMetric
 
 __all__ = ["FunctionSpaceDistance", "LAFTRStatistics"]
 
@@ -74,7 +74,7 @@ class FunctionSpaceDistance(PreciseMetric):
         """Add examples with their outputs; see the class for the arguments."""
         if len(new) == 0:
             return
-        dtype = accumulator_dtype(self.device)
+        dtype = widest_float(self.device)
         mean = output_divergence(new.detach().to(dtype), old.detach().to(dtype), self.divergence, heads)
         if bool(mean.isnan()):
             raise ValueError("new and old must not hold NaN, nor infinities whose difference is none.")

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_ext.functional import mutual_information_gap
-from lightning_ext.metrics._precise import PreciseMetric, accumulator_dtype, check_pair
+from lightning_ext.functional import mutual_information_gap, widest_float
+from lightning_ext.metrics._precise import PreciseMetric, check_pair
 from lightning_ext.metrics.mrvae_plot import plot_information
 
 __all__ = ["MutualInformationGap"]
@@ -95,7 +95,7 @@ class MutualInformationGap(PreciseMetric):
             )
         low, high = self.z_range
         # float64: a value on an edge falls into the same bin whatever precision the model runs in
-        place = (z.detach().to(accumulator_dtype(z.device)) - low) * (self.num_bins / (high - low))
+        place = (z.detach().to(widest_float(z.device)) - low) * (self.num_bins / (high - low))
         bins = place.clamp(0, self.num_bins - 1).long()
         latents = torch.arange(self.latent_dim, device=z.device)
         columns = factors.long() + sizes.cumsum(0) - sizes

@@ -106,7 +106,7 @@ class TestEnds:
         assert metric.compute()["helpful_indices"].item() == 2**40 + 1
 
     def test_a_device_without_float64_refuses_indices_that_it_would_round(self, monkeypatch):
-        monkeypatch.setattr("lightning_ext.metrics._precise.accumulator_dtype", lambda device: torch.float32)
+        monkeypatch.setattr("lightning_ext.metrics._precise.widest_float", lambda device: torch.float32)
         metric = InfluenceScores(1, topk=1)
         metric.update(torch.ones(1, 1), torch.tensor([2**24 - 1]))
         with pytest.raises(ValueError, match=r"indices must stay below 2\*\*24 on cpu"):

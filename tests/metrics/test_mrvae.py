@@ -12,9 +12,9 @@ from lightning_ext.functional import (
     rate_distortion_auc,
     reverse_waterfilling,
     slope_error,
+    widest_float,
 )
 from lightning_ext.metrics import RateDistortionCurve
-from lightning_ext.metrics._precise import accumulator_dtype
 from lightning_ext.testing import check_metric, run_ddp
 
 BETAS = [0.05, 0.2, 0.8, 3.0]
@@ -143,14 +143,14 @@ class TestValues:
         assert metric.sum_rate.dtype == torch.float64
 
     def test_a_device_without_float64_sums_in_float32(self):
-        assert accumulator_dtype(torch.device("mps")) == torch.float32
-        assert accumulator_dtype(torch.device("cuda")) == torch.float64
+        assert widest_float(torch.device("mps")) == torch.float32
+        assert widest_float(torch.device("cuda")) == torch.float64
 
     def test_moving_to_a_device_without_float64(self, monkeypatch):
         def dtype(device):
             return torch.float32 if device.type == "meta" else torch.float64
 
-        monkeypatch.setattr("lightning_ext.metrics._precise.accumulator_dtype", dtype)
+        monkeypatch.setattr("lightning_ext.metrics._precise.widest_float", dtype)
         metric = make().to("meta")
         for _ in range(2):
             assert metric.sum_rate.dtype == metric.moments.dtype == torch.float32
