@@ -11,12 +11,8 @@ from lightning_ext._lightning import Callback, LightningModule, Misconfiguration
 from lightning_ext.callbacks._quiet import quietly
 from lightning_ext.functional import evaluating
 from lightning_ext.modules import BaseVAE
-from lightning_ext.modules.mutual_information_sandwich import (
-    Bound,
-    MutualInformationMeasurement,
-    SandwichOptions,
-    run_sandwich,
-)
+from lightning_ext.modules._mutual_information_options import Bound, SandwichOptions
+from lightning_ext.modules.mutual_information_sandwich import MutualInformationMeasurement, run_sandwich
 from lightning_ext.nn import LatentModel, latent_model_from_vae
 
 __all__ = ["MutualInformationCallback"]
@@ -98,8 +94,8 @@ class MutualInformationCallback(Callback):
             raise ValueError(f"adapter must be a function of the module; got {type(adapter).__name__}.")
         self.adapter = adapter
         self.options = SandwichOptions(
-            bounds, num_points, num_samples, num_chains, num_steps, num_leapfrog, schedule, delta, proposal,
-            chunk_size=chunk_size,
+            num_chains, num_steps, num_leapfrog, schedule, delta, chunk_size=chunk_size, bounds=bounds,
+            num_points=num_points, num_samples=num_samples, proposal=proposal,
         )  # fmt: skip
         self.every_n_epochs, self.stage, self.seed, self.log_figure = every_n_epochs, stage, seed, log_figure
         self.measurement: MutualInformationMeasurement | None = None

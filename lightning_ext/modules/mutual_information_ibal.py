@@ -13,12 +13,11 @@ from lightning_ext.functional import (
     AnnealedWeights,
     AnnealingPath,
     annealed_weights,
-    linear_schedule,
     seeded_generator,
-    sigmoid_schedule,
     tune_step_sizes,
 )
 from lightning_ext.metrics import IBALEstimate, MutualInformationSandwich
+from lightning_ext.modules._mutual_information_options import AnnealingOptions
 from lightning_ext.modules._mutual_information_pairs import (
     distribution_of,
     log_prior_of,
@@ -31,42 +30,6 @@ __all__ = ["ImplicitBound", "measure_implicit_bound"]
 
 _PILOT_POINTS, _PILOT_CHAINS = 16, 4
 _COARSE = 0.01  # nats
-
-
-@dataclass(frozen=True)
-class AnnealingOptions:
-    """How chains run along the path of a critic; see :func:`measure_implicit_bound`."""
-
-    num_chains: int = 8
-    num_steps: int = 200
-    num_leapfrog: int = 10
-    schedule: Literal["sigmoid", "linear"] = "sigmoid"
-    delta: float = 4.0
-    target_accept: float = 0.65
-    pilot_rounds: int = 6
-    chunk_size: int | None = None
-
-    def __post_init__(self) -> None:
-        """Check the ranges."""
-        for name in ("num_chains", "num_steps", "num_leapfrog", "pilot_rounds"):
-            given = getattr(self, name)
-            if not isinstance(given, int) or given < 1:
-                raise ValueError(f"{name} must be an integer of at least 1; got {given!r}.")
-        if self.chunk_size is not None and self.chunk_size < 1:
-            raise ValueError(f"chunk_size must be at least 1, or None; got {self.chunk_size}.")
-        if self.schedule not in ("sigmoid", "linear"):
-            raise ValueError(f"schedule must be 'sigmoid' or 'linear'; got {self.schedule!r}.")
-        if not self.delta > 0:
-            raise ValueError(f"delta must be positive; got {self.delta}.")
-        if not 0 < self.target_accept < 1:
-            raise ValueError(f"target_accept must be between 0 and 1; got {self.target_accept}.")
-
-    @property
-    def betas(self) -> Tensor:
-        """The temperatures."""
-        if self.schedule == "linear":
-            return linear_schedule(self.num_steps)
-        return sigmoid_schedule(self.num_steps, self.delta)
 
 
 @dataclass(frozen=True)

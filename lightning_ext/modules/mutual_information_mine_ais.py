@@ -10,6 +10,7 @@ from lightning_ext._lightning import refuse_sharded
 from lightning_ext.data import IndexedBatch
 from lightning_ext.functional import hmc_transition
 from lightning_ext.metrics import IBALEstimate
+from lightning_ext.modules._mutual_information_options import AnnealingOptions
 from lightning_ext.modules._mutual_information_pairs import (
     MakeOptimizer,
     PairModule,
@@ -17,7 +18,7 @@ from lightning_ext.modules._mutual_information_pairs import (
     log_prior_of,
     require_critic,
 )
-from lightning_ext.modules.mutual_information_ibal import AnnealingOptions, anneal, base_of, critic_path
+from lightning_ext.modules.mutual_information_ibal import anneal, base_of, critic_path
 from lightning_ext.nn import PairCritic, check_deterministic
 
 __all__ = ["MINEAISModule"]

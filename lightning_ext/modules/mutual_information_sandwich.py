@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -12,70 +12,17 @@ from torchmetrics import Metric, MetricCollection
 from lightning_ext.functional import (
     annealed_weights,
     importance_log_means,
-    linear_schedule,
     seeded_generator,
-    sigmoid_schedule,
     tune_step_sizes,
 )
 from lightning_ext.metrics import AISBound, MutualInformationSandwich
+from lightning_ext.modules._mutual_information_options import Bound, SandwichOptions
 from lightning_ext.nn import LatentModel, check_deterministic
 
 __all__ = ["MutualInformationMeasurement", "measure_mutual_information"]
 
-Bound = Literal["iwae", "ais"]
-
 _PILOT_POINTS, _PILOT_CHAINS = 16, 4
 _WEIGHED_AT_ONCE = 2**15  # importance samples times data points
-
-
-@dataclass(frozen=True)
-class SandwichOptions:
-    """What a measurement is made of; see :func:`measure_mutual_information`."""
-
-    bounds: Sequence[Bound] = ("iwae", "ais")
-    num_points: int = 128
-    num_samples: int = 1000
-    num_chains: int = 16
-    num_steps: int = 200
-    num_leapfrog: int = 10
-    schedule: Literal["sigmoid", "linear"] = "sigmoid"
-    delta: float = 4.0
-    proposal: Literal["prior", "model"] = "prior"
-    target_accept: float = 0.65
-    pilot_rounds: int = 6
-    chunk_size: int | None = None
-
-    def __post_init__(self) -> None:
-        """Check the ranges."""
-        unknown = sorted(set(self.bounds) - set(get_args(Bound)))
-        if isinstance(self.bounds, str) or unknown or not self.bounds or len(set(self.bounds)) < len(self.bounds):
-            raise ValueError(f"bounds must be some of {', '.join(map(repr, get_args(Bound)))}; got {self.bounds!r}.")
-        for name in ("num_points", "num_samples", "num_chains", "num_steps", "num_leapfrog", "pilot_rounds"):
-            least, given = 2 if name == "num_points" else 1, getattr(self, name)
-            if not isinstance(given, int) or given < least:
-                raise ValueError(f"{name} must be an integer of at least {least}; got {given!r}.")
-        if self.chunk_size is not None and self.chunk_size < 1:
-            raise ValueError(f"chunk_size must be at least 1, or None; got {self.chunk_size}.")
-        for name, known in (("schedule", ("sigmoid", "linear")), ("proposal", ("prior", "model"))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be {' or '.join(map(repr, known))}; got {getattr(self, name)!r}.")
-        if not self.delta > 0:
-            raise ValueError(f"delta must be positive; got {self.delta}.")
-        if not 0 < self.target_accept < 1:
-            raise ValueError(f"target_accept must be between 0 and 1; got {self.target_accept}.")
-
-    @property
-    def betas(self) -> Tensor:
-        """The temperatures."""
-        if self.schedule == "linear":
-            return linear_schedule(self.num_steps)
-        return sigmoid_schedule(self.num_steps, self.delta)
-
-    @property
-    def total(self) -> int:
-        """How often progress is reported."""
-        chunks = -(-self.num_chains // (self.chunk_size or self.num_chains))
-        return 2 * self.num_steps * chunks if "ais" in self.bounds else 0
 
 
 @dataclass(frozen=True)
@@ -169,8 +116,8 @@ def measure_mutual_information(
         process group each rank takes a share of the pairs, step sizes are shared, and values are those of all ranks.
     """
     options = SandwichOptions(
-        bounds, num_points, num_samples, num_chains, num_steps, num_leapfrog, schedule, delta, proposal, target_accept,
-        pilot_rounds, chunk_size,
+        num_chains, num_steps, num_leapfrog, schedule, delta, target_accept, pilot_rounds, chunk_size, bounds=bounds,
+        num_points=num_points, num_samples=num_samples, proposal=proposal,
     )  # fmt: skip
     return run_sandwich(model, options, seed=seed, progress=progress)
 
