@@ -84,9 +84,8 @@ class SampleGradients:
     get explicit gradients by :func:`per_sample_gradients`. Whether the layers tell the truth is checked against
     autograd, on one sample run alone with a random output cotangent, whenever the layers' shapes are new (the number of
     samples aside, unless it is one), except in a plain chain of linear layers and functions of each element. Where they
-    do not (a weight is used outside its layer, samples meet inside the
-    network, a layer works on something that is not ordered by samples), all gradients are explicit from then on, and
-    ``fallback`` says why.
+    do not (a weight is used outside its layer, samples meet inside the network, a layer works on something that is not
+    ordered by samples), all gradients are explicit from then on, and ``fallback`` says why.
 
     Args:
         module: The network; it is put into eval mode for each call and back.
