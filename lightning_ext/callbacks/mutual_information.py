@@ -1,5 +1,6 @@
 """A callback that measures how many nats the latents of a model in training carry about its data."""
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, cast
 
@@ -48,9 +49,10 @@ class MutualInformationCallback(Callback):
         every_n_epochs: measure in every n-th training epoch only. A callback that monitors the values, such as
             ``EarlyStopping``, needs them in every epoch that it looks at.
         stage: ``"validate"`` or ``"test"``.
-        chunk_size: chains of each pair that run at once, for less memory. Default: all.
+        chunk_size: chains, and samples, of each pair that run at once, for less memory.
         seed: of all draws.
         log_figure: hand a picture of the bounds to every logger that takes figures (needs matplotlib).
+        name: what logged names begin with; of two such callbacks each needs its own.
 
     Attributes:
         measurement: the latest :class:`~lightning_ext.modules.MutualInformationMeasurement`; None before the first and
@@ -61,7 +63,7 @@ class MutualInformationCallback(Callback):
         ValueError: an argument is out of range.
         MisconfigurationException: there is no adapter for the module, or the strategy shards its parameters.
 
-    Logged: ``mutual_information/<bound>/lower``, ``/upper`` and ``/gap`` in nats, each with its standard error
+    Logged: ``<name>/<bound>/lower``, ``/upper`` and ``/gap`` in nats, each with its standard error
     (``.../lower_stderr``); and of ``"ais"`` ``accept``, ``divergent`` (share of proposals), ``ess`` and ``step_size``.
 
     Cost: 2 x points x chains x steps x leapfrog gradients of the decoder with respect to z, and an eighth or so more
@@ -85,6 +87,7 @@ class MutualInformationCallback(Callback):
         chunk_size: int | None = None,
         seed: int = 0,
         log_figure: bool = True,
+        name: str = "mutual_information",
     ) -> None:
         if every_n_epochs < 1:
             raise ValueError(f"every_n_epochs must be at least 1; got {every_n_epochs}.")
@@ -97,19 +100,34 @@ class MutualInformationCallback(Callback):
             num_chains, num_steps, num_leapfrog, schedule, delta, chunk_size=chunk_size, bounds=bounds,
             num_points=num_points, num_samples=num_samples, proposal=proposal,
         )  # fmt: skip
-        self.every_n_epochs, self.stage, self.seed, self.log_figure = every_n_epochs, stage, seed, log_figure
+        self.every_n_epochs, self.stage, self.seed = every_n_epochs, stage, seed
+        self.log_figure, self.name = log_figure, name
         self.measurement: MutualInformationMeasurement | None = None
         self.result: dict[str, float] = {}
 
     @property
     def state_key(self) -> str:
         """Different settings are different callbacks in a checkpoint."""
-        return self._generate_state_key(options=repr(self.options), stage=self.stage, seed=self.seed)
+        return self._generate_state_key(options=repr(self.options), stage=self.stage, seed=self.seed, name=self.name)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check that the module has a latent variable model, and that its parameters are whole."""
         refuse_sharded(trainer, type(self).__name__, "runs the decoder outside of the strategy's wrapper")
         self._model(pl_module)
+        known = [c for c in trainer.callbacks if isinstance(c, MutualInformationCallback)]  # type: ignore[attr-defined]
+        if self is not known[0] and self.name in [other.name for other in known if other is not self]:
+            pl.utilities.rank_zero_warn(
+                f"several MutualInformationCallbacks log as {self.name!r}, and the last one's values stay. Give each "
+                "its own name=."
+            )
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say so if nothing will be measured."""
+        if self.stage == "validate" and not trainer.enable_validation:
+            pl.utilities.rank_zero_warn(
+                "MutualInformationCallback measures when a validation ends, and this fit has none: give the module a "
+                "validation_step and a val_dataloader, or call measure_mutual_information after the fit."
+            )
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure and log."""
@@ -155,9 +173,11 @@ class MutualInformationCallback(Callback):
         )  # fmt: skip
         with quietly(pl_module), evaluating(pl_module), torch.inference_mode(False), bar:
             model = self._model(pl_module).to(pl_module.device).eval()
+            if model.dtype in (torch.float16, torch.bfloat16):
+                model = copy.deepcopy(model).float()
             found = run_sandwich(model, self.options, seed=self.seed, progress=bar.update)
         self.measurement = found
-        values = {f"mutual_information/{name}": value for name, value in found.values.items() if "count" not in name}
+        values = {f"{self.name}/{name}": value for name, value in found.values.items() if "count" not in name}
         self.result = {name: float(value) for name, value in values.items()}
         logged = {name: value.to(pl_module.device, torch.float32) for name, value in values.items()}
         pl_module.log_dict(logged, sync_dist=True)
@@ -179,7 +199,7 @@ class MutualInformationCallback(Callback):
         figure, _ = found.plot()
         for logger in takers:
             if hasattr(logger, "log_image"):
-                logger.log_image("mutual_information/bounds", [figure], step=trainer.global_step)
+                logger.log_image(f"{self.name}/bounds", [figure], step=trainer.global_step)
             else:
-                logger.experiment.add_figure("mutual_information/bounds", figure, global_step=trainer.global_step)
+                logger.experiment.add_figure(f"{self.name}/bounds", figure, global_step=trainer.global_step)
         plt.close(figure)

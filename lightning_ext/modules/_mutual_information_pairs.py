@@ -72,6 +72,10 @@ class PairModule(AddressedNoise):
     def measure(self, x: Tensor, z: Tensor) -> None:
         """Update ``bounds`` with a batch of an evaluation."""
 
+    @abstractmethod
+    def pointwise(self, x: Tensor, z: Tensor) -> Tensor:
+        """What ``predict`` gives of each pair, ``(B,)``."""
+
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Loss of a batch of pairs."""
         self.set_address("train", batch_idx)
@@ -88,6 +92,13 @@ class PairModule(AddressedNoise):
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Bounds on held-out pairs."""
         self._evaluate("test", batch, batch_idx)
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        """A number for each pair; see the class."""
+        self.set_address("test", batch_idx)
+        x, z = self._pair(batch)
+        with torch.autocast(self.device.type, enabled=False):
+            return self.pointwise(x, z)
 
     def on_validation_epoch_end(self) -> None:
         """Log the bounds of all batches and ranks."""
@@ -107,7 +118,8 @@ class PairModule(AddressedNoise):
 
     def _evaluate(self, stage: str, batch: Any, batch_idx: int) -> None:
         self.set_address(stage, batch_idx)
-        self.measure(*self._pair(batch))
+        with torch.autocast(self.device.type, enabled=False):  # densities and scores lose nats to half precision
+            self.measure(*self._pair(batch))
 
     def bound(self, name: str) -> Metric:
         """One of the metrics."""
@@ -170,7 +182,7 @@ def reparametrised(proposal: Distribution, num: int, module: AddressedNoise) -> 
             f"{type(proposal).__name__} has no rsample, through which a proposal is trained: take a distribution that "
             "can be reparametrised, such as a Gaussian."
         )
-    device = proposal.mean.device
+    device = module.device  # flows have no mean to ask
     devices = [] if device.type == "cpu" else [device]
     seed = int(torch.randint(2**62, (), generator=module.generator(torch.device("cpu"))))
     with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):

@@ -115,11 +115,11 @@ class BarberAgakovModule(PairModule):
             needed["log_likelihood"] = self.model.checked_likelihood(x, z)
         self.bound("ba").update(**needed)
 
-    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+    def pointwise(self, x: Tensor, z: Tensor) -> Tensor:
         """The lower bound's term of each pair, ``(B,)`` nats."""
         if self.lower is None:
             raise ValueError("predict needs a lower proposal.")
-        return barber_agakov_lower(*self._lower(*self._pair(batch)))
+        return barber_agakov_lower(*self._lower(x, z))
 
     def _lower(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         assert self.lower is not None
@@ -256,9 +256,9 @@ class CriticModule(PairModule):
         else:
             metric.update(joint, negatives)
 
-    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+    def pointwise(self, x: Tensor, z: Tensor) -> Tensor:
         """T of each pair, ``(B,)``."""
-        found: Tensor = self.critic(*self._pair(batch))
+        found: Tensor = self.critic(x, z)
         return found
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -220,7 +220,7 @@ class MINEAISModule(PairModule):
             return
         self.set_address(stage, batch_idx)
         x, z = self._pair(batch)
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             x, z = x.clone(), z.clone()
             ends, _ = self.sample(x, z, None if self.chain_init == "base" else z)
             scores, log_q = self.log_density(x, torch.stack([z, ends]))
@@ -244,9 +244,9 @@ class MINEAISModule(PairModule):
         if self.measure_in_validation:
             self._log_bounds()
 
-    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+    def pointwise(self, x: Tensor, z: Tensor) -> Tensor:
         """T of each pair, ``(B,)``."""
-        scores: Tensor = self.critic(*self._pair(batch))
+        scores: Tensor = self.critic(x, z)
         return scores
 
     # -- state --------------------------------------------------------------------------------------------------------

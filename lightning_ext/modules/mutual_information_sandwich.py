@@ -92,7 +92,8 @@ def measure_mutual_information(
         proposal: where chains and samples start: the ``"prior"``, or the ``"model"``'s own proposal for each x.
         target_accept: mean acceptance that the pilot chains tune for.
         pilot_rounds: passes of the pilot, of 64 chains.
-        chunk_size: chains of each data point that run at once. Default: all.
+        chunk_size: chains, and samples, of each data point that run at once. Default: all chains, and 32,768 samples
+            of all data points together.
         seed: of all draws, which leave torch's own generator alone.
         progress: called with 1 after each temperature.
 
@@ -134,6 +135,11 @@ def run_sandwich(
     check_deterministic(model)
     if model.discrete and "ais" in options.bounds:
         raise ValueError("the model's latents are discrete, and chains cannot move along them: use bounds=('iwae',).")
+    if model.dtype in (torch.float16, torch.bfloat16):
+        raise ValueError(
+            f"the model is in {model.dtype}, whose rounding is larger than what is measured: copy.deepcopy(model)."
+            "float() is measured as it should be."
+        )
     rank, world = (dist.get_rank(), dist.get_world_size()) if _distributed() else (0, 1)
     if options.num_points < world:
         raise ValueError(f"num_points must be at least one for each of {world} ranks; got {options.num_points}.")
@@ -151,7 +157,7 @@ def run_sandwich(
         if "iwae" in options.bounds:
             upper, lower = importance_log_means(
                 pairs.log_weight, pairs.draw, pairs.z, options.num_samples,
-                chunk_size=max(1, _WEIGHED_AT_ONCE // mine), generator=generator(1),
+                chunk_size=options.chunk_size or max(1, _WEIGHED_AT_ONCE // mine), generator=generator(1),
             )  # fmt: skip
             bound = metrics["iwae"] = AISBound(scheme="single", key_prefix="iwae/").to(device)
             bound.update(pairs.log_likelihood, upper[None], lower[None])  # of K samples each, which is one weight

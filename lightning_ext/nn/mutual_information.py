@@ -2,7 +2,8 @@ r"""Latent variable models as mutual information sees them: a prior, a likelihoo
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Generator, Tensor, nn
@@ -49,8 +50,7 @@ class Proposal:
             found = distribution.log_prob(z)
             return found if found.ndim < z.ndim else found.sum(-1)
 
-        whole = density if _unbounded(distribution) else _within(distribution, density)
-        return cls(whole, lambda num, generator: _drawn(distribution, num, generator))
+        return cls(_within(distribution, density), lambda num, generator: _drawn(distribution, num, generator))
 
 
 class LatentModel(nn.Module):
@@ -79,6 +79,11 @@ class LatentModel(nn.Module):
     def device(self) -> torch.device:
         """Where its samples live."""
         return self._like().device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What its samples are in."""
+        return self._like().dtype
 
     @property
     def prior(self) -> Callable[[Tensor], Tensor]:
@@ -269,7 +274,8 @@ class BernoulliDecoderModel(_DecoderModel):
         flat, outputs = self._beside(x, z)
         if self.logits:
             return (flat * outputs - nn.functional.softplus(outputs)).sum(-1)
-        return (torch.xlogy(flat, outputs) + torch.xlogy(1 - flat, 1 - outputs)).sum(-1)
+        dark, light = torch.where(flat < 1, 1 - outputs, 1.0), torch.where(flat > 0, outputs, 1.0)
+        return (flat * light.log() + (1 - flat) * dark.log()).sum(-1)  # of 0 log 0 the gradient would be NaN
 
     def sample_x(self, z: Tensor, generator: Generator | None = None) -> Tensor:
         """Binary data."""
@@ -316,7 +322,8 @@ class DistributionModel(LatentModel):
 
     def log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
         """The distribution's, summed over what is left of the event."""
-        found: Tensor = self._likelihood(z).log_prob(x)
+        with _unvalidated():
+            found: Tensor = self._likelihood(z).log_prob(x)
         return found.flatten(z.ndim - 1).sum(-1) if found.ndim >= z.ndim else found
 
     def sample_x(self, z: Tensor, generator: Generator | None = None) -> Tensor:
@@ -340,6 +347,11 @@ def check_deterministic(model: nn.Module) -> None:
     """
     kinds = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
     for name, part in model.named_modules():
+        if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.running_mean is None:
+            raise ValueError(
+                f"{name or 'the model'} ({type(part).__name__}) keeps no running statistics: the density of a point "
+                "depends on its batch, and no bound holds. Use track_running_stats=True, or another normalisation."
+            )
         if part.training and isinstance(part, kinds):
             raise ValueError(
                 f"{name or 'the model'} ({type(part).__name__}) is in training mode: the density is another one at "
@@ -354,19 +366,26 @@ def _support(distribution: Distribution) -> constraints.Constraint | None:
         return None
 
 
-def _unbounded(distribution: Distribution) -> bool:
-    support = _support(distribution)
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    return support is None or support is constraints.real
+@contextmanager
+def _unvalidated() -> Iterator[None]:
+    """Chains go where distributions would raise, and are rejected there."""
+    before = Distribution._validate_args
+    Distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        Distribution.set_default_validate_args(before)
 
 
 def _within(distribution: Distribution, density: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """A density outside of whose support there is nothing: chains that leave it are rejected."""
+    support = _support(distribution)
+    if support is None:
+        return density
     inner = _drawn(distribution, None, torch.Generator())
 
     def bounded(z: Tensor) -> Tensor:
-        inside = distribution.support.check(z)  # type: ignore[union-attr]
+        inside: Tensor = support.check(z)  # type: ignore[no-untyped-call]
         inside = inside if inside.ndim < z.ndim else inside.all(-1)
         found = density(torch.where(inside.unsqueeze(-1), z, inner.to(z)))
         return torch.where(inside, found + 0 * z.sum(-1), -torch.inf)  # some, such as a uniform one, have no gradient

@@ -183,3 +183,35 @@ def test_modules_it_knows_nothing_of_are_refused_by_name(tmp_path):
 def test_arguments_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         MutualInformationCallback(**options)
+
+
+def test_a_fit_without_validation_is_told_of(tmp_path):
+    with pytest.warns(UserWarning, match=r"measures when a validation ends, and this fit has none.*validation_step"):
+        trainer(tmp_path, MutualInformationCallback(adapter, **SMALL), max_epochs=1).fit(Foreign(), loader())
+
+
+def test_two_of_them_need_names(tmp_path):
+    wide, narrow = (
+        MutualInformationCallback(
+            lambda module, v=v: GaussianDecoderModel(module.decoder, v, latent_dim=2), **SMALL, name=name
+        )
+        for v, name in ((0.0, "mutual_information"), (-4.0, "narrow"))
+    )
+    run = trainer(tmp_path, wide, narrow, max_epochs=1)
+    run.fit(Foreign(), loader(), loader())
+    assert run.callback_metrics["narrow/iwae/upper"] > run.callback_metrics["mutual_information/iwae/upper"]
+    assert set(narrow.result) == {key.replace("mutual_information", "narrow") for key in wide.result}
+    narrow.name = "mutual_information"
+    narrow.options = copy.copy(narrow.options)
+    narrow.seed = 1
+    with pytest.warns(UserWarning, match=r"several MutualInformationCallbacks log as 'mutual_information'.*name="):
+        trainer(tmp_path, wide, narrow, max_epochs=1).fit(Foreign(), loader(), loader())
+
+
+def test_a_module_in_half_precision_is_measured_as_a_wide_copy(tmp_path):
+    module, callback = Foreign(), MutualInformationCallback(adapter, **SMALL)
+    trainer(tmp_path, callback, precision="bf16-true").validate(module, loader(), verbose=False)
+    assert module.decoder[0].weight.dtype == torch.bfloat16
+    model = adapter(copy.deepcopy(module).float().eval())
+    expected = measure_mutual_information(model, **SMALL).values
+    assert callback.result["mutual_information/ais/lower"] == float(expected["ais/lower"])

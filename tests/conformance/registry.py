@@ -144,7 +144,7 @@ _CALLBACKS = [
         ["MutualInformationCallback"],
         "callback-observer",
         lambda: callbacks.MutualInformationCallback(**components.SHORT_CHAINS),
-        other=lambda: callbacks.MutualInformationCallback(bounds=["ais"], **components.SHORT_CHAINS),
+        other=lambda: callbacks.MutualInformationCallback(bounds=["ais"], name="ais_alone", **components.SHORT_CHAINS),
         module=components.beta_vae,
         recipe="mutual_information",
         skip={

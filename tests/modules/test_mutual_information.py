@@ -333,3 +333,28 @@ def test_networks_that_are_no_critics_are_refused_at_once():
     ):
         with pytest.raises(ValueError, match=r"critic must be a PairCritic; got Bilinear. Subclass it with score"):
             call()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: CriticModule(quadratic(), "nwj"),
+        lambda: BarberAgakovModule(lower=GaussianProposal(nn.Linear(1, 2))),
+        lambda: GIWAEModule(GaussianProposal(nn.Linear(1, 2)), quadratic(), num_samples=4, seed=0),
+        lambda: MINEAISModule(quadratic(), num_steps=4, seed=0),
+    ],
+    ids=["critic", "barber_agakov", "giwae", "mine_ais"],
+)
+def test_what_is_measured_is_measured_in_full_precision(make):
+    torch.manual_seed(0)
+    module = make()
+    pairs = loader(*correlated(64))
+    found, told = zip(
+        *(
+            (t.test(module, pairs, verbose=False), t.predict(module, pairs))
+            for t in (trainer(precision=precision) for precision in ("32-true", "bf16-mixed"))
+        ),
+        strict=True,
+    )
+    assert found[0] == found[1]
+    torch.testing.assert_close(told[0], told[1], rtol=0.0, atol=0.0)

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from torch import nn
-from torch.distributions import Independent, Normal, OneHotCategorical
+from torch.distributions import AffineTransform, Independent, Normal, OneHotCategorical, TransformedDistribution
 
 from lightning_ext.functional import giwae_lower, iwae_bound
 from lightning_ext.modules import GIWAEModule
@@ -161,3 +161,23 @@ def test_bad_input_is_named():
     x, _z = simulated(4)
     with pytest.raises(ValueError, match="OneHotCategorical has no rsample"):
         GIWAEModule(Hot(), Nothing()).loss(x, torch.ones(4, 2))
+
+
+class Flow(nn.Module):
+    """The standard normal distribution, as a flow that has no mean to ask for."""
+
+    def forward(self, x):
+        base = Independent(Normal(torch.zeros(len(x), 2), 1.0), 1)
+        return TransformedDistribution(base, [AffineTransform(torch.zeros(2), 1.0, event_dim=1)])
+
+
+def test_a_flow_may_propose():
+    x, z = torch.randn(4, 2), torch.randn(4, 2)
+    found = GIWAEModule(Flow(), QuadraticCritic(2, 2), num_samples=3, seed=0).loss(x, z)
+    plain = GIWAEModule(Standard(), QuadraticCritic(2, 2), num_samples=3, seed=0).loss(x, z)
+    torch.testing.assert_close(found, plain)
+
+
+class Standard(nn.Module):
+    def forward(self, x):
+        return Independent(Normal(torch.zeros(len(x), 2), 1.0), 1)

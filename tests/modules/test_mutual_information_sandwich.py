@@ -5,11 +5,21 @@ import math
 import pytest
 import torch
 from torch import nn
-from torch.distributions import Bernoulli, Categorical, Exponential, Independent, Normal, Uniform
+from torch.distributions import (
+    Bernoulli,
+    Categorical,
+    Exponential,
+    Independent,
+    MultivariateNormal,
+    Normal,
+    Poisson,
+    Uniform,
+)
 
 from lightning_ext.functional import finite_joint_information, linear_gaussian_information
 from lightning_ext.modules import measure_mutual_information
 from lightning_ext.nn import (
+    BernoulliDecoderModel,
     DistributionModel,
     FiniteModel,
     GaussianDecoderModel,
@@ -206,3 +216,52 @@ def test_priors_without_gradients_are_refused_by_name():
         DistributionModel(bits, lambda z: Normal(z, 0.05)), bounds=["iwae"], num_points=500, num_samples=500
     ).values
     assert float(found["iwae/upper"]) == pytest.approx(3 * math.log(2), abs=0.1)
+
+
+@pytest.mark.parametrize(
+    "likelihood",
+    [lambda z: Normal(z.pow(3), 0.5), lambda z: Normal(z, z.exp()), lambda z: Poisson((3 * z).exp())],
+    ids=["cubic", "scale", "rate"],
+)
+def test_chains_that_leave_what_distributions_take_are_rejected(likelihood):
+    for prior in (Normal(torch.zeros(2), 1.0), MultivariateNormal(torch.zeros(2), torch.eye(2))):
+        model = DistributionModel(prior, likelihood)
+        values = measure_mutual_information(model, num_points=32, num_chains=4, num_steps=20, num_samples=50).values
+        assert all(value.isfinite() for value in values.values())
+    with pytest.raises(ValueError, match="to satisfy the constraint"):  # torch's own checks are on elsewhere
+        measure_mutual_information(DistributionModel(prior, lambda z: Normal(z, z)))
+
+
+def test_half_precision_is_no_precision():
+    with pytest.raises(ValueError, match=r"the model is in torch.bfloat16, whose rounding is larger"):
+        measure_mutual_information(decoder().bfloat16())
+
+
+def test_pixels_that_are_certain_stay_so():
+    network = nn.Sequential(nn.Linear(2, 4), nn.Sigmoid())
+    with torch.no_grad():
+        network[0].weight[2:], network[0].bias[2:] = 0.0, torch.tensor([-200.0, 200.0])
+    model = BernoulliDecoderModel(network, 2, logits=False).eval()
+    x, z = model.simulate(20)
+    assert x[:, 2:].tolist() == [[0.0, 1.0]] * 20
+    leaf = z.requires_grad_()
+    found = model.log_likelihood(x, leaf)
+    torch.testing.assert_close(found, Bernoulli(network(z)[:, :2]).log_prob(x[:, :2]).sum(1))
+    assert torch.autograd.grad(found.sum(), leaf)[0].isfinite().all()
+    assert model.log_likelihood(1 - x, z.detach()).tolist() == [-math.inf] * 20
+
+
+def test_few_samples_at_once_where_memory_is_short():
+    class Counting(nn.Module):
+        most = 0
+
+        def forward(self, z):
+            self.most = max(self.most, len(z))
+            return z
+
+    counting = Counting()
+    model = GaussianDecoderModel(counting, 0.0, 2).eval()
+    for size, most in ((None, 200), (3, 12)):
+        counting.most = 0
+        measure_mutual_information(model, bounds=["iwae"], num_points=4, num_samples=50, chunk_size=size)
+        assert counting.most == most

@@ -234,6 +234,9 @@ def test_a_distribution_need_not_tell_its_support():
 
 
 def test_densities_that_change_from_call_to_call_are_refused():
+    blind = GaussianDecoderModel(nn.BatchNorm1d(3, track_running_stats=False), 0.0, 3).eval()
+    with pytest.raises(ValueError, match=r"decoder \(BatchNorm1d\) keeps no running statistics"):
+        check_deterministic(blind)
     for part in (nn.Dropout(0.1), nn.BatchNorm1d(3), nn.Dropout2d()):
         model = GaussianDecoderModel(nn.Sequential(nn.Linear(3, 3), part), 0.0, 3)
         with pytest.raises(ValueError, match=rf"decoder.1 \({type(part).__name__}\) is in training mode"):
