@@ -79,28 +79,29 @@ def annealed_weights(
         if value < 1:
             raise ValueError(f"{name} must be at least 1; got {value}.")
     chunk = chunk_size or num_chains
-    forward: list[AISResult] = []
-    reverse: list[AISResult] = []
+    forward: list[Tensor] = []
+    reverse: list[Tensor] = []
+    accepts: list[Tensor] = []
+    divergent = 0
     report = None if progress is None else lambda _: progress(1)
     for number, start in enumerate(range(0, num_chains, chunk)):
         size = min(chunk, num_chains - start)
         generator = seeded_generator(seed, *counters, number, device=posterior.device)
         kernel = hmc_kernel(path, step_sizes, num_leapfrog, generator)
-        forward.append(ais_forward(path, draw(size, generator), betas, kernel, progress=report))
-        ends = posterior.expand(size, *posterior.shape)
-        reverse.append(ais_reverse(path, ends, betas, kernel, progress=report))
-    both = [*forward, *reverse]
-    accepts = torch.stack([each.accept for each in both]).nanmean() if len(betas) > 2 else torch.tensor(torch.nan)
-    weights = torch.cat([each.log_weights for each in forward])
-    proposals = max(1, 2 * weights.numel() * (len(betas) - 2))
-    shares = torch.softmax(weights, 0).nan_to_num(torch.inf)
+        starts = draw(size, generator), posterior.expand(size, *posterior.shape)
+        for weights, anneal, first in zip((forward, reverse), (ais_forward, ais_reverse), starts, strict=True):
+            found: AISResult = anneal(path, first, betas, kernel, progress=report)
+            weights.append(found.log_weights)  # and not where the chains are, which is much more
+            accepts.append(found.accept)
+            divergent += found.divergent
+    together = torch.cat(forward)
+    accept = torch.stack(accepts).nanmean() if len(betas) > 2 else together.new_tensor(torch.nan)
+    proposals = max(1, 2 * together.numel() * (len(betas) - 2))
+    shares = torch.softmax(together, 0).nan_to_num(torch.inf)
     return AnnealedWeights(
-        weights,
-        torch.cat([each.log_weights for each in reverse]),
-        accepts.to(weights),
-        weights.new_tensor(sum(each.divergent for each in both) / proposals),
+        together, torch.cat(reverse), accept.to(together), together.new_tensor(divergent / proposals),
         shares.square().sum(0).reciprocal(),
-    )
+    )  # fmt: skip
 
 
 @torch.no_grad()

@@ -188,7 +188,7 @@ class _Pairs:
 
     def __init__(self, model: LatentModel, num: int, start: str, generator: Generator) -> None:
         self.x, self.z = model.simulate(num, generator)
-        odd = (~self.x.isfinite()).flatten(1).any(1)
+        odd = (~self.x.isfinite()).reshape(num, -1).any(1)
         if bool(odd.any()):
             raise ValueError(
                 f"{int(odd.sum())} of {num} data points that {type(model).__name__} simulates are not finite: its "

@@ -112,7 +112,10 @@ class LatentModel(nn.Module):
     def simulate(self, num: int, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
         """Pairs ``x (num, *event)``, ``z (num, d)`` of the joint: each z is an exact posterior sample of its x."""
         z = self.sample_prior(num, generator)
-        return self.sample_x(z, generator), z
+        x = self.sample_x(z, generator)
+        if x.shape[:1] != (num,):
+            raise ValueError(f"x must be one data point for each of {num} latents; got shape {tuple(x.shape)}.")
+        return x, z
 
     def path(self, x: Tensor, proposal: Proposal | None = None) -> AnnealingPath:
         """From the prior, or from a proposal, to the posterior of each of ``(B, *event)``."""
@@ -222,7 +225,8 @@ class GaussianDecoderModel(_DecoderModel):
         if isinstance(log_var, nn.Parameter):
             self.log_var: Tensor = log_var
         else:
-            self.register_buffer("log_var", torch.as_tensor(log_var, dtype=torch.get_default_dtype()))
+            number = torch.as_tensor(log_var, dtype=torch.get_default_dtype())
+            self.register_buffer("log_var", number.detach())
 
     def log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
         """Log-density, summed over the event."""
@@ -324,7 +328,7 @@ class DistributionModel(LatentModel):
         """The distribution's, summed over what is left of the event."""
         with _unvalidated():
             found: Tensor = self._likelihood(z).log_prob(x)
-        return found.flatten(z.ndim - 1).sum(-1) if found.ndim >= z.ndim else found
+        return found.flatten(z.ndim - 1).sum(-1) if found.ndim >= z.ndim > 1 else found
 
     def sample_x(self, z: Tensor, generator: Generator | None = None) -> Tensor:
         """Data ``(B, *event)``."""
@@ -343,16 +347,19 @@ def check_deterministic(model: nn.Module) -> None:
     """Refuse networks whose densities change from call to call, or with their batch.
 
     Raises:
-        ValueError: If a dropout or batch normalisation is in training mode; the message names it.
+        ValueError: If a dropout, batch normalisation or other layer that draws is in training mode, or a batch
+            normalisation keeps no running statistics; the message names it.
     """
-    kinds = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
+    kinds = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm, nn.RReLU)
+    sometimes = (nn.MultiheadAttention, nn.RNNBase)
     for name, part in model.named_modules():
         if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.running_mean is None:
             raise ValueError(
                 f"{name or 'the model'} ({type(part).__name__}) keeps no running statistics: the density of a point "
                 "depends on its batch, and no bound holds. Use track_running_stats=True, or another normalisation."
             )
-        if part.training and isinstance(part, kinds):
+        drawing = isinstance(part, sometimes) and part.dropout > 0
+        if part.training and (drawing or isinstance(part, kinds)):
             raise ValueError(
                 f"{name or 'the model'} ({type(part).__name__}) is in training mode: the density is another one at "
                 "each call, and no bound holds. Call model.eval() first."

@@ -1,5 +1,6 @@
 """Latent variable models: densities are torch's own, samples have their moments, shapes never broadcast."""
 
+import copy
 import math
 from typing import ClassVar
 
@@ -208,6 +209,8 @@ class Unsummed(LatentModel):
         (lambda: GaussianDecoderModel(dense(7), math.nan, 3), "log_var must be a finite number .*; got nan"),
         (lambda: GaussianDecoderModel(dense(7), torch.zeros(3), 3).simulate(2),
          r"log_var must broadcast against the decoder's outputs for one latent, \(7,\); got \(3,\)"),
+        (lambda: DistributionModel(Normal(torch.zeros(2), 1.0), lambda z: Normal(z.sum(), 1.0)).simulate(4),
+         r"x must be one data point for each of 4 latents; got shape \(\)"),
         (lambda: LinearGaussianModel(torch.ones(2, 1), torch.ones(2), 0.0), "sigma must be positive"),
         (lambda: FiniteModel(torch.tensor([[1.0, 0.0]])), "none of whose columns is empty"),
     ],
@@ -215,6 +218,13 @@ class Unsummed(LatentModel):
 def test_what_does_not_fit_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_variance_that_was_worked_out_can_be_copied():
+    trained = nn.Parameter(torch.tensor(0.3))
+    model = copy.deepcopy(GaussianDecoderModel(dense(2), 2 * trained, 3))
+    assert model.log_var.item() == pytest.approx(0.6)
+    assert not model.log_var.requires_grad
 
 
 def test_a_distribution_need_not_tell_its_support():
@@ -237,7 +247,8 @@ def test_densities_that_change_from_call_to_call_are_refused():
     blind = GaussianDecoderModel(nn.BatchNorm1d(3, track_running_stats=False), 0.0, 3).eval()
     with pytest.raises(ValueError, match=r"decoder \(BatchNorm1d\) keeps no running statistics"):
         check_deterministic(blind)
-    for part in (nn.Dropout(0.1), nn.BatchNorm1d(3), nn.Dropout2d()):
+    attention = nn.MultiheadAttention(4, 1, dropout=0.1)
+    for part in (nn.Dropout(0.1), nn.BatchNorm1d(3), nn.Dropout2d(), nn.RReLU(), attention):
         model = GaussianDecoderModel(nn.Sequential(nn.Linear(3, 3), part), 0.0, 3)
         with pytest.raises(ValueError, match=rf"decoder.1 \({type(part).__name__}\) is in training mode"):
             check_deterministic(model)
