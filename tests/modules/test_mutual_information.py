@@ -293,6 +293,32 @@ def test_under_ddp_each_x_meets_the_latents_of_its_rank_or_of_all(tmp_path, gath
     assert on_two_ranks(module, pairs, tmp_path, lambda m: m.critic.seen) == [others + 1] * 2
 
 
+class _Watched(CriticModule):
+    apart = 0.0
+
+    def loss(self, x, z, batch=None):
+        with torch.no_grad():
+            self.apart = max(self.apart, float((self.scores(x, z)[0] - self.critic(x, z)).abs().max()))
+        return super().loss(x, z, batch)
+
+
+@pytest.mark.ddp
+@pytest.mark.parametrize("negatives", [None, 3])
+def test_under_ddp_the_joint_pairs_stay_ones_own(tmp_path, negatives):
+    critic = quadratic()
+    critic.coupling.data.fill_(1.0)
+    module = _Watched(critic, num_negatives=negatives, gather_negatives=True)
+    found = on_two_ranks(module, loader(*correlated(16), batch_size=4), tmp_path, lambda m: m.apart)
+    assert max(found) < 1e-5
+
+
+@pytest.mark.ddp
+def test_under_ddp_mines_average_is_that_of_all_ranks(tmp_path):
+    module = CriticModule(quadratic(), "mine")
+    first, second = on_two_ranks(module, loader(*correlated(16), batch_size=4), tmp_path, lambda m: m._log_average)
+    assert torch.equal(first, second)
+
+
 def test_predict_gives_the_critic():
     x, z = correlated(6)
     module = CriticModule(quadratic())

@@ -112,6 +112,16 @@ def _on_two_ranks(rank):
     return {name: value.item() for name, value in measure_mutual_information(linear(), **options).values.items()}
 
 
+def _own_pairs(rank):
+    found = measure_mutual_information(linear(), bounds=["iwae"], num_points=8, num_samples=10)
+    return found.metrics["iwae"].moments[:, 0, 1].tolist()  # this rank's means
+
+
+def test_ranks_simulate_pairs_of_their_own():
+    first, second = run_ddp(_own_pairs)
+    assert all(mine != theirs for mine, theirs in zip(first, second, strict=True))
+
+
 def test_two_ranks_share_the_pairs():
     first, second = run_ddp(_on_two_ranks)
     assert first == second
