@@ -104,6 +104,7 @@ class MutualInformationCallback(Callback):
         self.log_figure, self.name = log_figure, name
         self.measurement: MutualInformationMeasurement | None = None
         self.result: dict[str, float] = {}
+        self._measured = False
 
     @property
     def state_key(self) -> str:
@@ -117,16 +118,26 @@ class MutualInformationCallback(Callback):
         known = [c for c in trainer.callbacks if isinstance(c, MutualInformationCallback)]  # type: ignore[attr-defined]
         if self is not known[0] and self.name in [other.name for other in known if other is not self]:
             pl.utilities.rank_zero_warn(
-                f"several MutualInformationCallbacks log as {self.name!r}, and the last one's values stay. Give each "
-                "its own name=."
+                f"several MutualInformationCallbacks log as {self.name!r}: what Lightning logs is their mean. Give "
+                "each its own name=."
             )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say so if nothing will be measured."""
+        self._measured = False
         if self.stage == "validate" and not trainer.enable_validation:
             pl.utilities.rank_zero_warn(
                 "MutualInformationCallback measures when a validation ends, and this fit has none: give the module a "
                 "validation_step and a val_dataloader, or call measure_mutual_information after the fit."
+            )
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say so if nothing was measured."""
+        short = trainer.fast_dev_run  # type: ignore[attr-defined]
+        if self.stage == "validate" and trainer.enable_validation and not (short or self._measured):
+            pl.utilities.rank_zero_warn(
+                f"MutualInformationCallback measured nothing in this fit: no validation ended in an epoch that "
+                f"every_n_epochs={self.every_n_epochs} allows. Let it divide the epochs of check_val_every_n_epoch."
             )
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -134,6 +145,7 @@ class MutualInformationCallback(Callback):
         during_fit = trainer.state.fn == "fit"
         skipped = during_fit and (trainer.current_epoch + 1) % self.every_n_epochs
         if self.stage == "validate" and not trainer.sanity_checking and not skipped:
+            self._measured = True
             self._measure(trainer, pl_module)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

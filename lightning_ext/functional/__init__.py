@@ -29,7 +29,7 @@ from lightning_ext.functional.apo_preconditioner import (
     rotate_gradient,
 )
 from lightning_ext.functional.batches import batch_size, concatenate, differentiable, map_tensors, select, select_traced
-from lightning_ext.functional.counter_rng import fold_in, seeded_generator
+from lightning_ext.functional.counter_rng import fold_in, seeded_draws, seeded_generator
 from lightning_ext.functional.curvature import EmpiricalFisherOperator, GGNOperator, HessianOperator
 from lightning_ext.functional.curvature_operator import CurvatureOperator
 from lightning_ext.functional.divergences import (
@@ -378,6 +378,7 @@ __all__ = [
     "rotate_gradient",
     "row_correlation",
     "secant_log_step",
+    "seeded_draws",
     "seeded_generator",
     "select",
     "select_traced",

@@ -4,9 +4,12 @@ A stream addressed by ``(seed, epoch, batch, rank)`` needs no state in a checkpo
 address and gets the same numbers, and nothing here touches the global generator of the program around it.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
-__all__ = ["fold_in", "seeded_generator"]
+__all__ = ["fold_in", "seeded_draws", "seeded_generator"]
 
 _MASK = (1 << 64) - 1
 
@@ -49,3 +52,28 @@ def seeded_generator(seed: int, *counters: int, device: torch.device | str = "cp
         The generator. Cost: a few microseconds.
     """
     return torch.Generator(device=device).manual_seed(fold_in(seed, *counters))
+
+
+@contextmanager
+def seeded_draws(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
+    """Let what knows no generators, such as ``torch.distributions``, draw from a seed; torch's own state is put back.
+
+    Args:
+        seed: an integer in ``[0, 2**63)``.
+        device: where it draws, beside the CPU. Other devices are left alone.
+
+    >>> with seeded_draws(3):
+    ...     first = torch.randn(2)
+    >>> bool((first == torch.randn(2, generator=torch.Generator().manual_seed(3))).all())
+    True
+    """
+    device = torch.device(device)
+    devices = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every CUDA device as well
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        elif devices:
+            torch.manual_seed(seed)
+        yield

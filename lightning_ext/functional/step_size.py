@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Generator, Tensor
 
+from lightning_ext.functional.log_mean_exp import widest_float
 from lightning_ext.functional.sampling import AnnealingPath, PathState, hmc_transition
 
 __all__ = ["DualAveraging", "tune_step_sizes"]
@@ -121,7 +122,7 @@ def tune_step_sizes(
 
     def transition(t: int, state: PathState, step: float) -> tuple[PathState, float]:
         state, info = hmc_transition(path, state, temperatures[t], step, num_leapfrog, generator)
-        accept = info.accept_prob.double().mean()
+        accept = info.accept_prob.to(widest_float(info.accept_prob.device)).mean()
         return state, float(accept if reduce is None else reduce(accept))
 
     beginning = path.evaluate(start)

@@ -10,7 +10,7 @@ from torch.distributions import Distribution
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
-from lightning_ext.functional import DiagonalGaussian
+from lightning_ext.functional import DiagonalGaussian, seeded_draws
 from lightning_ext.modules.mrvae_noise import AddressedNoise
 
 MakeOptimizer = Callable[[Any], Optimizer]
@@ -182,11 +182,8 @@ def reparametrised(proposal: Distribution, num: int, module: AddressedNoise) -> 
             f"{type(proposal).__name__} has no rsample, through which a proposal is trained: take a distribution that "
             "can be reparametrised, such as a Gaussian."
         )
-    device = module.device  # flows have no mean to ask
-    devices = [] if device.type == "cpu" else [device]
     seed = int(torch.randint(2**62, (), generator=module.generator(torch.device("cpu"))))
-    with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
-        torch.manual_seed(seed)
+    with seeded_draws(seed, module.device):  # flows have no mean whose device could be asked
         return proposal.rsample(torch.Size((num,)))
 
 

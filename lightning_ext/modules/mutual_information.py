@@ -219,7 +219,7 @@ class CriticModule(PairModule):
         if others < (self.num_negatives or 1):
             raise ValueError(
                 f"each x must meet {self.num_negatives or 'at least 1'} other z, and there are {others} in a batch of "
-                f"{len(x)}: take larger batches, and drop_last=True if it is the last one."
+                f"{len(x)}: take larger batches; and if it is the last one, another number of pairs, or drop_last=True."
             )
         own = torch.arange(len(x), device=z.device) + first
         if self.num_negatives is None:

@@ -177,7 +177,7 @@ def run_sandwich(
             bound.update(pairs.log_likelihood, weights.forward, weights.reverse)
             found = {
                 "ais/accept": _mean(weights.accept), "ais/divergent": _mean(weights.divergent),
-                "ais/ess": _mean(weights.ess.mean()), "ais/step_size": steps.log().mean().exp().to(device),
+                "ais/ess": _mean(weights.ess.mean()), "ais/step_size": steps.log().mean().exp().to(weights.forward),
             }  # fmt: skip
         sandwich = MutualInformationSandwich({name: metrics[name] for name in options.bounds}, compute_groups=False)
         return MutualInformationMeasurement({**sandwich.compute(), **found}, steps, sandwich)

@@ -9,7 +9,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.distributions import Distribution, Independent, Normal, constraints
 
-from lightning_ext.functional import AnnealingPath, DiagonalGaussian
+from lightning_ext.functional import AnnealingPath, DiagonalGaussian, seeded_draws
 from lightning_ext.nn.mrvae_convert import posterior_parameters, reconstruction_parameters
 
 __all__ = [
@@ -406,7 +406,5 @@ def _drawn(distribution: Distribution, num: int | None, generator: Generator | N
     if generator is None:
         return distribution.sample(shape)
     seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
-    devices = [] if generator.device.type == "cpu" else [generator.device]
-    with torch.random.fork_rng(devices, device_type=generator.device.type if devices else "cuda"):
-        torch.manual_seed(seed)
+    with seeded_draws(seed, generator.device):
         return distribution.sample(shape)

@@ -190,6 +190,12 @@ def test_a_fit_without_validation_is_told_of(tmp_path):
         trainer(tmp_path, MutualInformationCallback(adapter, **SMALL), max_epochs=1).fit(Foreign(), loader())
 
 
+def test_a_fit_in_which_nothing_was_measured_is_told_of(tmp_path):
+    callback = MutualInformationCallback(adapter, **SMALL, every_n_epochs=2)
+    with pytest.warns(UserWarning, match=r"measured nothing in this fit.*every_n_epochs=2"):
+        trainer(tmp_path, callback, max_epochs=1).fit(Foreign(), loader(), loader())
+
+
 def test_two_of_them_need_names(tmp_path):
     wide, narrow = (
         MutualInformationCallback(
@@ -204,7 +210,7 @@ def test_two_of_them_need_names(tmp_path):
     narrow.name = "mutual_information"
     narrow.options = copy.copy(narrow.options)
     narrow.seed = 1
-    with pytest.warns(UserWarning, match=r"several MutualInformationCallbacks log as 'mutual_information'.*name="):
+    with pytest.warns(UserWarning, match=r"several .* log as 'mutual_information': .* their mean.*name="):
         trainer(tmp_path, wide, narrow, max_epochs=1).fit(Foreign(), loader(), loader())
 
 

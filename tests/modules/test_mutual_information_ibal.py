@@ -128,3 +128,12 @@ class Dropping(QuadraticCritic):
 def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call(*correlated(8))
+
+
+def test_autocasting_around_it_changes_nothing():
+    x, z = torch.randn(2, 16, 2, generator=torch.Generator().manual_seed(0))
+    mixed = ConcatenatedCritic(2, 2)
+    plain = measure_implicit_bound(mixed, x, z, num_steps=5, num_chains=2).values
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        within = measure_implicit_bound(mixed, x, z, num_steps=5, num_chains=2).values
+    assert {name: float(value) for name, value in plain.items()} == {name: float(v) for name, v in within.items()}

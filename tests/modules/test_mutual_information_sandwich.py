@@ -275,3 +275,11 @@ def test_few_samples_at_once_where_memory_is_short():
         counting.most = 0
         measure_mutual_information(model, bounds=["iwae"], num_points=4, num_samples=50, chunk_size=size)
         assert counting.most == most
+
+
+def test_autocasting_around_it_changes_nothing():
+    options = {"num_points": 8, "num_chains": 2, "num_steps": 4, "num_samples": 10}
+    plain = measure_mutual_information(decoder(), **options).values
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        within = measure_mutual_information(decoder(), **options).values
+    assert {name: float(value) for name, value in plain.items()} == {name: float(v) for name, v in within.items()}
