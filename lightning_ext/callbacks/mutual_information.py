@@ -104,7 +104,7 @@ class MutualInformationCallback(Callback):
         self.log_figure, self.name = log_figure, name
         self.measurement: MutualInformationMeasurement | None = None
         self.result: dict[str, float] = {}
-        self._passed, self._measured = 0, 0  # validations of this fit
+        self._measured: bool | None = None  # in this fit, as soon as a validation has ended
 
     @property
     def state_key(self) -> str:
@@ -124,7 +124,7 @@ class MutualInformationCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say so if nothing will be measured."""
-        self._passed = self._measured = 0
+        self._measured = None
         if self.stage == "validate" and not trainer.enable_validation:
             pl.utilities.rank_zero_warn(
                 "MutualInformationCallback measures when a validation ends, and this fit has none: give the module a "
@@ -133,7 +133,7 @@ class MutualInformationCallback(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say so if nothing was measured."""
-        if self._passed and not self._measured and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if self._measured is False and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             pl.utilities.rank_zero_warn(
                 f"MutualInformationCallback measured nothing in this fit: no validation ended in an epoch that "
                 f"every_n_epochs={self.every_n_epochs} allows. Let it divide the epochs of check_val_every_n_epoch."
@@ -144,8 +144,7 @@ class MutualInformationCallback(Callback):
         during_fit = trainer.state.fn == "fit"
         skipped = during_fit and (trainer.current_epoch + 1) % self.every_n_epochs
         if self.stage == "validate" and not trainer.sanity_checking:
-            self._passed += bool(skipped)
-            self._measured += not skipped
+            self._measured = bool(self._measured) or not skipped
             if not skipped:
                 self._measure(trainer, pl_module)
 

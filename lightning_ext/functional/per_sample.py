@@ -276,7 +276,8 @@ def _evident(module: nn.Module) -> bool:
     """Whether all it does is linear layers and functions of each element, one after the other."""
     return all(
         type(part) in _ONE_BY_ONE
-        and not (part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or "forward" in vars(part))
+        and not (part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part))
+        and not (part._backward_hooks or part._backward_pre_hooks)
         for part in module.modules()
     )
 

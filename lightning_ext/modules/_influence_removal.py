@@ -16,6 +16,7 @@ from lightning_ext.functional import (
     RemovalTerm,
     removal_gradients,
     removal_losses,
+    seeded_draws,
     select_traced,
 )
 from lightning_ext.modules._influence_data import Shard
@@ -163,8 +164,7 @@ def fresh_parameters(
 ) -> dict[str, Tensor]:
     """Initial values of the chosen parameters, drawn from ``seed``; the global generator is left alone."""
     fresh = copy.deepcopy(module)
-    with torch.random.fork_rng(devices=[view.device] if view.device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    with seeded_draws(seed, view.device):
         if initialize is not None:
             initialize(fresh)
         else:

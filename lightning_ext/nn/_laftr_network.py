@@ -41,21 +41,15 @@ def own_buffers(module: nn.Module) -> Iterator[set[str]]:
 
 @contextmanager
 def unmoved(device: torch.device) -> Iterator[Callable[[], bool]]:
-    """Put torch's random state back; what is given says whether it had moved."""
-    accelerated = device.type == "cuda"
+    """Put torch's random state back; what is given says whether it has moved so far."""
+    devices = [device] if device.type == "cuda" else []
 
     def states() -> list[Tensor]:
-        return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if accelerated else [])]
+        return [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
 
-    before: list[Tensor] = states()
-    after: list[Tensor] = []
-    try:
-        yield lambda: not all(map(torch.equal, before, after))
-    finally:
-        after += states()
-        torch.set_rng_state(before[0])
-        if accelerated:
-            torch.cuda.set_rng_state(before[1], device)
+    with torch.random.fork_rng(devices):
+        before = states()
+        yield lambda: not all(map(torch.equal, before, states()))
 
 
 def plain_name(name: str) -> str:

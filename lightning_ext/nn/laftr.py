@@ -222,8 +222,8 @@ class FunctionSpaceEstimator(nn.Module):
             return self._call(module, x)
         self._unseen = False
         with unmoved(weight_of(module).device) as moved:
-            outputs = self._call(module, x)
-        if moved():
+            outputs, drew = self._call(module, x), moved()
+        if drew:
             raise ValueError(
                 f"{type(module).__name__} draws random numbers in eval mode, so it has no distance to itself. Let it "
                 "draw in training alone: F.dropout(x, training=self.training)."

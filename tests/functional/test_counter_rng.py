@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_ext.functional.counter_rng import fold_in, seeded_generator
+from lightning_ext.functional.counter_rng import fold_in, seeded_draws, seeded_generator
 
 
 def draw(*address, n=4):
@@ -57,3 +57,13 @@ def test_the_global_generator_is_neither_read_nor_moved():
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(123)
     assert torch.equal(draw(0, 1), first)
+
+
+def test_what_knows_no_generators_draws_from_a_seed_and_leaves_no_trace():
+    state = torch.get_rng_state()
+    with seeded_draws(7):
+        first = torch.distributions.Normal(0.0, 1.0).sample((3,))
+    with pytest.raises(KeyError), seeded_draws(7):
+        raise KeyError
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(first, torch.randn(3, generator=torch.Generator().manual_seed(7)))

@@ -144,7 +144,10 @@ class TestTheCheck:
         chain = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
         SampleGradients(chain, InfluenceObjective())(samples())
         assert len(calls) == 1
+        heard = nn.Sequential(nn.Linear(4, 3)).double()
+        heard.register_full_backward_pre_hook(lambda module, gradients: None)
         others = [
+            (heard, samples(), None),
             (nn.Sequential(chain, nn.BatchNorm1d(3)).double(), samples(), None),
             (chain, samples(), lambda module, batch: module(batch[0])),
             (chain, (torch.randn(5, 2, 4).double(), torch.zeros(5, 2).long()), None),
