@@ -144,8 +144,8 @@ class TestTheCheck:
         chain = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
         SampleGradients(chain, InfluenceObjective())(samples())
         assert len(calls) == 1
-        heard = nn.Sequential(nn.Linear(4, 3)).double()
-        heard.register_full_backward_pre_hook(lambda module, gradients: None)
+        heard = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3)).double()
+        heard[1].register_full_backward_pre_hook(lambda module, gradients: None)
         others = [
             (heard, samples(), None),
             (nn.Sequential(chain, nn.BatchNorm1d(3)).double(), samples(), None),
