@@ -8,7 +8,6 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_ext.functional import fold_in
 from lightning_ext.nn import FunctionSpaceEstimator, function_space_estimator
 from lightning_ext.nn._laftr_network import require_heads
 
@@ -98,21 +97,25 @@ class TaskMemory:
                 old.share_reference(self._held[-1])
 
     def distance(
-        self, module: nn.Module, tasks: Sequence[int], address: int, *, average: bool
+        self, module: nn.Module, tasks: Sequence[int], address: Sequence[int], *, average: bool
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """The mean or sum of the tasks' distances, and those of single tasks where they are taken one by one."""
+        *stream, position = address
         if self.consolidate != "all":
             one = self._one(tasks)
-            one.reseed(address)
+            one.reseed(*address)
             found = one.distance(module)
             return (found if average or one.merges_to_a_sum else found * len(tasks)), {}
         single: dict[int, Tensor] = {}
         for task in tasks:
             estimator = self._held[self.tasks.index(task)]
-            estimator.reseed(fold_in(address, task))
+            estimator.reseed(*stream, task, position)
             single[task] = estimator.distance(module)
-        total = torch.stack(list(single.values())).sum()
-        return (total / len(single) if average else total), single
+        found = list(single.values())
+        if len(found) == 1:
+            return found[0], single
+        total = torch.stack(found)
+        return (total.mean() if average else total.sum()), single
 
     def _one(self, tasks: Sequence[int]) -> FunctionSpaceEstimator:
         if self.consolidate == "merge":

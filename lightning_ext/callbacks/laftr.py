@@ -24,7 +24,6 @@ from lightning_ext.callbacks._laftr_memory import Heads, TaskMemory, prototype_o
 from lightning_ext.callbacks._laftr_rotation import Rotation
 from lightning_ext.callbacks._laftr_samples import first_batch, one_pass, only_loader, reading, sum_over_ranks
 from lightning_ext.callbacks._laftr_step import add_term, remove_term
-from lightning_ext.functional import fold_in
 from lightning_ext.nn import FunctionSpaceEstimator
 
 __all__ = ["FunctionSpaceRegularizer"]
@@ -184,7 +183,7 @@ class FunctionSpaceRegularizer(Callback):
         past = self._past()
         if not past:
             return torch.zeros((), device=pl_module.device)
-        address = fold_in(self.seed, self._draws, _rank())
+        address = (self.seed, _rank(), self._draws)
         self._draws += 1
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.weight > 0):
             total, single = self._memory.distance(pl_module, past, address, average=self.average_over_tasks)
@@ -276,7 +275,7 @@ class FunctionSpaceRegularizer(Callback):
             return
         with reading(trainer, pl_module), torch.no_grad():
             true = self._diagnostics.distance(trainer, pl_module, past, self._task_heads)
-            address = fold_in(self.seed, trainer.current_epoch, -1)  # the same on ranks, and none of the training's
+            address = (self.seed, -1, trainer.current_epoch, 0)  # the same on ranks, and none of the training's
             estimate, _ = self._memory.distance(pl_module, past, address, average=True)
         found, estimated = {"laftr/true": true}, float(estimate)
         if true > 0 and estimated > 0:

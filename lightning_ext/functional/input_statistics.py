@@ -15,6 +15,7 @@ __all__ = ["InputModel", "InputStatistics"]
 
 Covariance = Literal["full", "diag", "lowrank"]
 Granularity = Literal["unit", "channel"]
+Generators = Generator | Sequence[Generator] | None
 
 
 @dataclass(eq=False)
@@ -324,7 +325,7 @@ class InputModel:
         r""":math:`\mu` of every unit, ``(G, *units)`` for each ReLU."""
         return [gate.expand(-1, *units) for gate, units in zip(self.gates, self.units, strict=True)]
 
-    def sample(self, num: int, generator: Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def sample(self, num: int, generator: Generators = None) -> tuple[Tensor, Tensor, Tensor]:
         r"""Draw inputs, stratified by group.
 
         .. math:: x_s = m_c + L_c \epsilon, \quad S_c = \max(1, \operatorname{round}(S \pi_c)), \quad
@@ -334,26 +335,35 @@ class InputModel:
 
         Args:
             num: S, at least 1; a few more are drawn where there are more groups.
-            generator: on the model's device. Default: torch's own.
+            generator: on the model's device. Several: a draw from each. Default: torch's own.
 
         Returns:
-            Inputs ``(S, *shape)``, weights ``(S,)``, groups ``(S,)``; the model's dtype.
+            Inputs ``(S, *shape)``, of several draws ``(n, S, *shape)``; weights ``(S,)``, groups ``(S,)``; the model's
+            dtype.
 
         Raises:
             ValueError: If num is below 1.
         """
         counts, weights, group = self._layout(num)
-        rank = self.factors.shape[-1]
-        noise = torch.randn(len(group), rank, generator=generator, dtype=self.means.dtype, device=self.means.device)
+        shape, like = (len(group), self.factors.shape[-1]), self.means
+        noise = torch.stack(
+            [torch.randn(shape, generator=g, dtype=like.dtype, device=like.device) for g in _each(generator)]
+        )
+        x = self._inputs(noise, counts, group).reshape(*noise.shape[:2], *self.means.shape[1:])
+        return x if isinstance(generator, Sequence) else x[0], weights, group
+
+    def _inputs(self, noise: Tensor, counts: list[int], group: Tensor) -> Tensor:
         means = self.means.flatten(1)
+        (draws, _, rank), width = noise.shape, means.shape[1]
         if self.factors.ndim == 2:
-            x = torch.addcmul(means[group], self.factors[group], noise)
-        elif min(counts) == max(counts):
-            x = torch.baddbmm(means.unsqueeze(1), noise.view(len(means), -1, rank), self.factors.mT)
-        else:
-            parts = zip(means, self.factors, torch.split(noise, counts), strict=True)
-            x = torch.cat([torch.addmm(m, e, factor.mT) for m, factor, e in parts if len(e)])
-        return x.reshape(-1, *self.means.shape[1:]), weights, group
+            return torch.addcmul(means[group], self.factors[group], noise)
+        if min(counts) == max(counts):
+            rows = noise.view(draws, len(counts), -1, rank).transpose(0, 1).flatten(1, 2)
+            x = torch.baddbmm(means.unsqueeze(1), rows, self.factors.mT)
+            return x.view(len(counts), draws, -1, width).transpose(0, 1).flatten(1, 2)
+        parts = zip(means, self.factors, torch.split(noise, counts, dim=1), strict=True)
+        drawn = [torch.addmm(m, e.flatten(0, 1), factor.mT) for m, factor, e in parts if e.shape[1]]
+        return torch.cat([x.view(draws, -1, width) for x in drawn], dim=1)
 
     def _layout(self, num: int) -> tuple[list[int], Tensor, Tensor]:
         if num < 1:
@@ -366,15 +376,23 @@ class InputModel:
             self._layouts[num] = counts, (self.weights / repeats.clamp_min(1))[group], group
         return self._layouts[num]
 
-    def draw_gates(self, group: Tensor, generator: Generator | None = None) -> list[Tensor]:
+    def draw_gates(self, group: Tensor, generator: Generators = None) -> list[Tensor]:
         r"""Bernoulli(:math:`\mu`) gates of every unit, drawn anew for each example.
 
         Args:
             group: ``(S,)``, from `sample`.
-            generator: on the model's device. Default: torch's own.
+            generator: on the model's device. Several: a draw from each. Default: torch's own.
 
         Returns:
-            ``(S, *units)`` in {0, 1} for each ReLU, for `gates`.
+            ``(S, *units)`` in {0, 1} for each ReLU, for `gates`; of several draws ``(n, S, *units)``.
         """
-        means = (gate[group].expand(-1, *units) for gate, units in zip(self.gates, self.units, strict=True))
-        return [torch.bernoulli(mean, generator=generator) for mean in means]
+        found = []
+        for gate, units in zip(self.gates, self.units, strict=True):
+            mean = gate[group].expand(-1, *units)
+            drawn = [torch.bernoulli(mean, generator=g) for g in _each(generator)]
+            found.append(torch.stack(drawn) if isinstance(generator, Sequence) else drawn[0])
+        return found
+
+
+def _each(generator: Generators) -> Sequence[Generator | None]:
+    return generator if isinstance(generator, Sequence) else (generator,)

@@ -77,6 +77,7 @@ class FunctionSpaceEstimator(nn.Module):
         self._reference: dict[str, Tensor] = {}
         self._kept: dict[str, Tensor] = {}
         self._facts: dict[str, Any] = {}
+        self._stream: tuple[int, ...] = ()
         self._draws, self._shared = 0, False
         self._seen: tuple[nn.Module, Substitution, dict[str, Tensor]] | None = None
         self._written: set[str] = set()
@@ -124,7 +125,7 @@ class FunctionSpaceEstimator(nn.Module):
             TypeError: If inputs are not floating where moments are taken of them.
         """
         self._facts = {"heads": plain_heads(heads)}
-        self._kept, self._draws, self._shared, self._unseen = {}, 0, False, True
+        self._kept, self._stream, self._draws, self._shared, self._unseen = {}, (), 0, False, True
         with self._quiet(module):
             self._reference = {name: tensor.detach().clone() for name, tensor in self.values_of(module).items()}
             try:
@@ -161,9 +162,15 @@ class FunctionSpaceEstimator(nn.Module):
         """The outputs of a batch, as they are compared, before the choice of heads."""
         return self._forward(module, self.inputs_of(batch))
 
-    def reseed(self, address: int) -> None:
-        """Let the next distances draw from the stream at ``address``, whatever was drawn before."""
-        self._draws = address
+    def reseed(self, *address: int) -> None:
+        """Let the next distances draw from there, whatever was drawn before.
+
+        Args:
+            address: any integers that say which stream; the last one, at least 0, is the position in it, one further
+                with each distance.
+        """
+        *stream, self._draws = address
+        self._stream = tuple(stream)
 
     # -- several tasks ------------------------------------------------------------------------------------------------
 
@@ -274,9 +281,14 @@ class FunctionSpaceEstimator(nn.Module):
         kept = self._reference.get(name)
         return value if kept is None or kept.shape == value.shape else value[: len(kept)]
 
-    def generator(self, device: torch.device) -> torch.Generator:
-        """At the place of this distance in the stream of draws."""
-        return seeded_generator(self.seed, self._draws, device=device)
+    @property
+    def address(self) -> tuple[int, ...]:
+        """Where the next distance draws: which stream, and the position in it."""
+        return *self._stream, self._draws
+
+    def generator(self, device: torch.device, address: Sequence[int] | None = None) -> torch.Generator:
+        """There, or at another address."""
+        return seeded_generator(self.seed, *(self.address if address is None else address), device=device)
 
     def _require_fitted(self) -> None:
         if not self.fitted:
@@ -317,7 +329,7 @@ class FunctionSpaceEstimator(nn.Module):
         """Tensors and plain values."""
         return {
             "reference": dict(self._reference), "kept": dict(self._kept), "facts": copy.deepcopy(self._facts),
-            "draws": self._draws, "shared": self._shared, "kind": self.kind,
+            "draws": list(self.address), "shared": self._shared, "kind": self.kind,
         }  # fmt: skip
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
@@ -329,7 +341,8 @@ class FunctionSpaceEstimator(nn.Module):
         if state.get("kind", self.kind) != self.kind:
             raise ValueError(f"this is the state of {state['kind']}, and the estimator is {self.kind}.")
         self._reference, self._kept = dict(state["reference"]), dict(state["kept"])
-        self._facts, self._draws, self._shared = copy.deepcopy(state["facts"]), state["draws"], state["shared"]
+        self._facts, self._shared = copy.deepcopy(state["facts"]), state["shared"]
+        self.reseed(*state["draws"])
         self._forget()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -367,6 +380,6 @@ class MeanDistance(FunctionSpaceEstimator):
     def distance(self, module: nn.Module) -> Tensor:
         """The mean."""
         for number, estimator in enumerate(self.estimators):
-            estimator.reseed(self._draws * len(self.estimators) + number)
+            estimator.reseed(*self._stream, number, self._draws)
         self._draws += 1
         return torch.stack([estimator.distance(module) for estimator in self.estimators]).mean()

@@ -1,6 +1,5 @@
 """LAFTR: the distance from moments of the inputs and mean gates, or the reference's own gates on drawn inputs."""
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -22,8 +21,10 @@ from lightning_ext.functional import (
     sequential_layers,
 )
 from lightning_ext.functional.parameters import recomputation_refused
-from lightning_ext.nn._laftr_network import Reduce, require_batches, widened
-from lightning_ext.nn._laftr_sums import Gathered, joined, packed, unpacked
+from lightning_ext.nn._laftr_ahead import Address, DrawnChain, Rows
+from lightning_ext.nn._laftr_network import Reduce, require_batches, weight_of, widened
+from lightning_ext.nn._laftr_pool import PooledLAFTR
+from lightning_ext.nn._laftr_sums import Gathered, packed, unpacked
 from lightning_ext.nn.laftr import FunctionSpaceEstimator, MeanDistance
 
 __all__ = ["LAFTREstimator"]
@@ -138,6 +139,7 @@ class LAFTREstimator(FunctionSpaceEstimator):
         self._templates: list[ActivationSite] | None = None
         self._moments: ReferenceMoments | None = None
         self._layers: list[tuple[str, str | None]] | None = None
+        self._ahead = DrawnChain()
 
     # -- statistics ---------------------------------------------------------------------------------------------------
 
@@ -269,15 +271,41 @@ class LAFTREstimator(FunctionSpaceEstimator):
     def pool(cls, estimators: Sequence[FunctionSpaceEstimator]) -> FunctionSpaceEstimator:
         """The mean of several distances from one reference, in one pass where inputs are drawn."""
         drawn = all(isinstance(each, LAFTREstimator) and each.mode in ("relu", "sample") for each in estimators)
-        return _PooledLAFTR(estimators) if drawn else MeanDistance(estimators)
+        return PooledLAFTR(estimators) if drawn else MeanDistance(estimators)
 
     # -- distances ----------------------------------------------------------------------------------------------------
 
-    def generator(self, device: torch.device) -> torch.Generator:
-        """The same for every distance with ``fixed_draws``."""
-        if self.fixed_draws:
-            self._draws = 0
-        return super().generator(device)
+    @property
+    def address(self) -> tuple[int, ...]:
+        """Always the first with ``fixed_draws``."""
+        return (0,) if self.fixed_draws else super().address
+
+    def distance(self, module: nn.Module) -> Tensor:
+        """See :meth:`FunctionSpaceEstimator.distance`."""
+        self._require_fitted()
+        found = None
+        if self.mode in ("relu", "sample"):
+            found = self._ahead.distance(self, module, self.rows, self.address)
+        if found is None:
+            return super().distance(module)
+        self._draws += 1
+        return found
+
+    def rows(self, module: nn.Module, addresses: Sequence[Address]) -> Rows:
+        """What is drawn for distances at some addresses."""
+        return self.drawn(self._model_for(module), self.num_samples, addresses)[0]
+
+    def drawn(self, model: InputModel, num: int, addresses: Sequence[Address]) -> tuple[Rows, Tensor]:
+        """Of inputs of some model, and their groups ``(S,)``."""
+        generators = [self.generator(model.means.device, address) for address in addresses]
+        x, weights, group = model.sample(num, generators)
+        return Rows(x, weights, model.draw_gates(group, generators) if self.mode == "sample" else ()), group
+
+    def _model_for(self, module: nn.Module) -> InputModel:
+        weight, model = weight_of(module), self.input_model
+        if model.means.dtype != weight.dtype or model.means.device != weight.device:
+            self._model = model = model.to(weight)
+        return model
 
     def reference_batches(
         self, module: nn.Module, num: int | None = None
@@ -292,21 +320,12 @@ class LAFTREstimator(FunctionSpaceEstimator):
             Inputs ``(S, *shape)``; weights ``(S,)``, which sum to 1; groups ``(S,)``; and the gates of both networks,
             or None for the reference's own.
         """
-        weight = next(p for p in module.parameters() if p.is_floating_point())
-        model = self.input_model
-        if model.means.dtype != weight.dtype or model.means.device != weight.device:
-            self._model = model = model.to(weight)
-        return self.drawn(module, model, num or self.num_samples)
+        rows, group = self.drawn(self._model_for(module), num or self.num_samples, [self.address])
+        return rows.x[0], rows.weights, group, self.given(module, rows)
 
-    def drawn(
-        self, module: nn.Module, model: InputModel, num: int
-    ) -> tuple[Tensor, Tensor, Tensor, list[ActivationSite | None] | None]:
-        """What :meth:`reference_batches` gives, of inputs of another model."""
-        generator = self.generator(model.means.device)
-        x, weights, group = model.sample(num, generator)
-        if self.mode != "sample":
-            return x, weights, group, None
-        return x, weights, group, gates(self._sites(module, x), model.draw_gates(group, generator))
+    def given(self, module: nn.Module, rows: Rows) -> list[ActivationSite | None] | None:
+        """The gates of the first draw, for both networks; None for the reference's own."""
+        return gates(self._sites(module, rows.x[0]), [each[0] for each in rows.gates]) if rows.gates else None
 
     def _sites(self, module: nn.Module, x: Tensor) -> list[ActivationSite]:
         if self._templates is None:
@@ -386,47 +405,3 @@ class LAFTREstimator(FunctionSpaceEstimator):
             covariance=model.factors.square().to(like) if diagonal else None,
             metric=self._metric(like), heads=self.heads,
         )  # fmt: skip
-
-
-class _PooledLAFTR(MeanDistance):
-    """Several tasks with one reference: the inputs of all are drawn and run together."""
-
-    estimators: list[Any]
-
-    def __init__(self, estimators: Sequence[FunctionSpaceEstimator]) -> None:
-        super().__init__(estimators)
-        self._first = max(self.estimators, key=lambda each: each._facts["outputs"])
-        alike: dict[str, list[Any]] = {}
-        for each in self.estimators:
-            size = tuple(each._kept["statistics.second"].shape[1:])
-            alike.setdefault(repr((each._facts, size, each.covariance, each.divergence)), []).append(each)
-        self._parts = [
-            (
-                parts[0],
-                len(parts) / len(estimators),
-                InputModel.mean_of([p.statistics.finalise(p.jitter) for p in parts]),
-            )
-            for parts in alike.values()
-        ]
-
-    def distance(self, module: nn.Module) -> Tensor:
-        """The mean of the tasks' distances, from as many inputs in all as one task has."""
-        weight = next(p for p in module.parameters() if p.is_floating_point())
-        self._parts = [(part, share, model.to(weight)) for part, share, model in self._parts]
-        drawn, first = [], self._first
-        with first._quiet(module):
-            first._require_same(module)
-            for number, (part, share, model) in enumerate(self._parts):
-                part.reseed(self._draws * len(self._parts) + number)
-                drawn.append(part.drawn(module, model, math.ceil(first.num_samples * share)))
-            given = None if first.mode == "relu" else joined([sites for *_, sites in drawn])
-            old, new = first.replay(module, torch.cat([x for x, *_ in drawn]), given)
-            sizes = [len(x) for x, *_ in drawn]
-            found = []
-            for (part, share, _), (_, weights, *_), z1, z0 in zip(
-                self._parts, drawn, torch.split(new, sizes), torch.split(old, sizes), strict=True
-            ):
-                z1, z0 = (z[..., : part._facts["outputs"]] for z in (z1, z0))  # those that there were
-                found.append(share * output_divergence(z1, z0, part.divergence, part.heads, weights))
-        self._draws += 1
-        return torch.stack(found).sum()

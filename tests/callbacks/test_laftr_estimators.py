@@ -229,7 +229,9 @@ def test_one_reference_for_all_tasks():
 def test_passes_of_a_step(consolidate, passes):
     """Of reference and module: consolidated, a step does not know how many tasks there were."""
     calls, module = [], seeded_net()
+    module.net[1] = nn.GELU()  # a chain of linear layers and ReLU is not run itself
     callback = three(module, consolidate, estimator_options={"num_samples": 60})
+    callback.penalty(module)  # sees that it is none
     module.net.register_forward_pre_hook(lambda _, args: calls.append(len(args[0])))
     callback.penalty(module)
     assert len(calls) == passes

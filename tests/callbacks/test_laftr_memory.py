@@ -18,7 +18,7 @@ def memory(name, consolidate, tasks=(0, 1), **options):
 
 
 def distance(held, module, average):
-    return held.distance(module, held.tasks, 0, average=average)[0].item()
+    return held.distance(module, held.tasks, [0], average=average)[0].item()
 
 
 def test_merged_online_ewc_is_the_sum_that_the_method_defines_averaged_or_not():

@@ -367,7 +367,7 @@ def test_checkpointed_activations_are_refused():
         def forward(self, x):
             return torch.utils.checkpoint.checkpoint(super().forward, x, use_reentrant=False)
 
-    net = Checkpointed(*network())
+    net = Checkpointed(*network(), nn.Softplus())
     estimator = fitted("laftr", net)
     with pytest.raises(RuntimeError, match="activation checkpointing"):
         estimator.distance(moved(net))

@@ -1,0 +1,235 @@
+"""Distances of chains of linear layers and ReLUs, with the reference run on the inputs of several draws at once."""
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_ext.functional import output_divergence, sequential_layers
+from lightning_ext.nn._laftr_network import Heads, grown, outside_inference
+
+MOST_DRAWS, MOST_BYTES = 64, 2**22
+Address = tuple[int, ...]  # of a draw: its stream, and the position in it
+_Place = tuple[int, str, str]  # which part of the module, "_parameters" or "_buffers", the name there
+_Pair = tuple[Tensor, Tensor | None]
+
+
+class Rows(NamedTuple):
+    """Inputs ``(n, S, *shape)`` of n draws, weights ``(S,)``; gates ``(n, S, *units)``, or none for the reference's."""
+
+    x: Tensor
+    weights: Tensor
+    gates: Sequence[Tensor] = ()
+
+
+Draw = Callable[[nn.Module, Sequence[Address]], Rows]
+
+
+class _Block(NamedTuple):
+    """Neighbouring draws of a stream, by address: inputs, gates and the divergence from the reference's outputs."""
+
+    places: Mapping[Address, int]
+    inputs: Sequence[Tensor]
+    gates: Sequence[Sequence[Tensor]]
+    divergences: Sequence[Callable[[Tensor], Tensor]]
+
+
+class DrawnChain:
+    """Distances from one reference of networks that are chains, without running the module itself.
+
+    The chain is found by a run of the module, anew for each block of draws and whenever the module looks different.
+    Nothing is kept in copies and pickles.
+    """
+
+    def __init__(self) -> None:
+        self._look: list[object] = []
+        self._places: list[tuple[_Place, _Place | None]] = []
+        self._reference: list[_Pair] = []
+        self._block: _Block | None = None
+        self._refused = False
+
+    def __reduce__(self) -> tuple[type["DrawnChain"], tuple[()]]:
+        return DrawnChain, ()
+
+    def distance(self, host: Any, module: nn.Module, draw: Draw, address: Address) -> Tensor | None:
+        """The distance with the draw at an address; None where the module has to be run.
+
+        Args:
+            host: the estimator that holds the reference.
+            module: the network.
+            draw: what is drawn at some addresses, in the type and on the device of the module's parameters.
+            address: whose last number is at least 0.
+        """
+        if self._refused:
+            return None
+        if torch.is_inference_mode_enabled():
+            with outside_inference():
+                return self.distance(host, module, draw, address)
+        parts, look = appearance(module)
+        block = self._block
+        known = block is not None and address in block.places and look == self._look
+        pairs = self._current(parts) if known else None
+        if pairs is None:
+            self._refused = not self._prepare(host, module, parts, draw, address)
+            self._look, block, pairs = look, self._block, None if self._refused else self._current(parts)
+        if pairs is None or block is None:
+            return None
+        kind, number = pairs[0][0].device.type, block.places[address]
+        full = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
+        with full:
+            h = block.inputs[number]
+            for (weight, bias), gate in zip(pairs[:-1], block.gates[number], strict=True):
+                h = F.linear(h, weight, bias).mul_(gate)
+            return block.divergences[number](F.linear(h, *pairs[-1]))
+
+    def _current(self, parts: Sequence[nn.Module]) -> list[_Pair] | None:
+        """Weights and biases as they are, cut to the reference's shapes; None if one of them does not fit."""
+        pairs: list[_Pair] = []
+        for (place, offset), (kept, kept_offset) in zip(self._places, self._reference, strict=True):
+            weight = _cut(parts, place, kept)
+            bias = None if offset is None or kept_offset is None else _cut(parts, offset, kept_offset)
+            if weight is None or (bias is None) != (kept_offset is None):
+                return None
+            pairs.append((weight, bias))
+        return pairs
+
+    @torch.no_grad()
+    def _prepare(self, host: Any, module: nn.Module, parts: Sequence[nn.Module], draw: Draw, address: Address) -> bool:
+        """Find the chain, and run the reference where it was not run; whether this can be done."""
+        with host._quiet(module):
+            host._require_same(module)
+            rows = draw(module, [address])
+            layers = _layers(host, module, rows.x[0, :2])
+            if len(layers) < 2:
+                return False
+            self._places = [_places(parts, host.values_of(module), names) for names in layers]
+            values = host.reference_values(module)
+            reference = [(values[weight], None if bias is None else values[bias]) for weight, bias in layers]
+            if any(weight.dtype != rows.x.dtype for weight, _ in reference):
+                return False
+            block, before, self._reference = self._block, self._reference, reference
+            if not _same(before, reference) or block is None or address not in block.places:
+                width = sum(weight.shape[0] + weight.shape[1] for weight, _ in reference)
+                most = MOST_BYTES // (rows.x.element_size() * rows.x.shape[1] * width)
+                if most < 2:  # then it is the products that take the time
+                    return False
+                together = [(*address[:-1], number) for number in block_of(address[-1], min(MOST_DRAWS, most))]
+                self._block = self._run(host, together, draw(module, together))
+        return self._block is not None
+
+    def _run(self, host: Any, addresses: Sequence[Address], rows: Rows) -> _Block | None:
+        """The reference on several draws; None where its outputs are not finite."""
+        shape = rows.x.shape[:2]
+        h, gates = rows.x.flatten(0, 1).flatten(1), []
+        for number, (weight, bias) in enumerate(self._reference[:-1]):
+            s = F.linear(h, weight, bias)
+            gate = rows.gates[number].reshape(s.shape) if rows.gates else s.relu().sign()
+            gates.append(gate.view(*shape, -1).unbind())
+            h = gate * s
+        old = F.linear(h, *self._reference[-1]).view(*shape, -1)
+        if not bool(old.isfinite().all()):
+            return None
+        divergences = _divergences(old, host.divergence, host.heads, rows.weights)
+        places = {address: number for number, address in enumerate(addresses)}
+        return _Block(places, rows.x.flatten(2).unbind(), list(zip(*gates, strict=True)), divergences)
+
+
+def appearance(module: nn.Module) -> tuple[list[nn.Module], list[object]]:
+    """A module's parts, and what is another list when one of them has got another attribute, part or hook."""
+    parts: list[nn.Module] = []
+    look: list[object] = []
+    waiting: list[nn.Module | None] = [module]
+    while waiting:
+        part = waiting.pop()
+        if part is None:
+            continue
+        parts.append(part)
+        look.append(type(part))
+        look += map(id, part.__dict__.values())
+        look += part._forward_hooks
+        look += part._forward_pre_hooks
+        waiting += part._modules.values()
+    return parts, look
+
+
+def block_of(position: int, most: int) -> range:
+    """The draws that are made together with one: one, one, two, four, ..., then always as many, at most ``most``.
+
+    They depend on nothing else, so that a stream that is entered anywhere gives the same numbers.
+    """
+    most = 1 << (most.bit_length() - 1)
+    if position < 1:
+        return range(1)
+    size = min(most, 1 << (position.bit_length() - 1))
+    first = position // size * size
+    return range(first, first + size)
+
+
+def _layers(host: Any, module: nn.Module, x: Tensor) -> list[tuple[str, str | None]]:
+    """The chain's weights and biases by name; none where the module is no chain."""
+    now = host.values_of(module)
+
+    def run(values: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        outputs: Tensor = host.run(module, values, x)
+        return outputs
+
+    try:
+        return sequential_layers(run, now, x)
+    except Exception:  # what is wrong with it is said where it is run in earnest
+        return []
+
+
+def _places(
+    parts: Sequence[nn.Module], values: Mapping[str, Tensor], names: tuple[str, str | None]
+) -> tuple[_Place, _Place | None]:
+    held = {
+        id(tensor): (number, kind, name)
+        for number, part in enumerate(parts)
+        for kind in ("_parameters", "_buffers")
+        for name, tensor in getattr(part, kind).items()
+    }
+    weight, bias = names
+    return held[id(values[weight])], None if bias is None else held[id(values[bias])]
+
+
+def _cut(parts: Sequence[nn.Module], place: _Place, kept: Tensor) -> Tensor | None:
+    number, kind, name = place
+    now: Tensor | None = getattr(parts[number], kind).get(name)
+    if now is None or now.dtype != kept.dtype or now.device != kept.device:
+        return None
+    if now.shape == kept.shape:
+        return now
+    return now[: len(kept)] if grown(kept.shape, now.shape) else None
+
+
+def _same(first: Sequence[_Pair], second: Sequence[_Pair]) -> bool:
+    return len(first) == len(second) and all(
+        a is b for pairs in zip(first, second, strict=True) for a, b in zip(*pairs, strict=True)
+    )
+
+
+def _divergences(
+    old: Tensor, divergence: str, heads: Heads | None, weights: Tensor
+) -> list[Callable[[Tensor], Tensor]]:
+    """``output_divergence`` from each of ``(n, S, C)`` finite outputs; what new ones do not change is done here."""
+    if divergence != "kl":
+        return [partial(_any, old=z, divergence=divergence, heads=heads, weights=weights) for z in old]
+    wide = old.to(torch.promote_types(old.dtype, torch.float32))
+    log_p = (wide if heads is None else wide[..., heads]).mT.contiguous().log_softmax(1)
+    p = log_p.exp() * weights.to(log_p)
+    return [partial(_kl, log_p=a, p=b, heads=heads) for a, b in zip(log_p, p, strict=True)]
+
+
+def _any(new: Tensor, *, old: Tensor, divergence: str, heads: Heads | None, weights: Tensor) -> Tensor:
+    return output_divergence(new, old, divergence, heads, weights)
+
+
+def _kl(new: Tensor, *, log_p: Tensor, p: Tensor, heads: Heads | None) -> Tensor:
+    new = new.to(log_p.dtype)
+    # classes first: log_softmax along a short last dimension is several times slower
+    log_q = (new if heads is None else new[..., heads]).mT.log_softmax(0)
+    return (p * (log_p - log_q)).sum()

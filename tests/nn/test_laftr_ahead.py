@@ -1,0 +1,248 @@
+"""Chains of linear layers and ReLUs: the same distances without running the network."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_ext.nn import LAFTREstimator, function_space_estimator
+from lightning_ext.nn._laftr_ahead import MOST_DRAWS, block_of
+from tests.nn.laftr_toys import batches, fitted, moved, network, table
+
+MODES = ("laftr", "laftr-sample")
+
+
+def run_by_itself(estimator):
+    """The same, by running the network."""
+    other = copy.deepcopy(estimator)
+    other._ahead._refused = True
+    return other
+
+
+def values(estimator, module, count=9):
+    """Distances and gradients, one after the other."""
+    found = []
+    for _ in range(count):
+        distance = estimator.distance(module)
+        found += [distance.detach(), *torch.autograd.grad(distance, list(module.parameters()))]
+    return found
+
+
+def assert_as_run(estimator, module, **close):
+    slow = run_by_itself(estimator)
+    slow.reseed(*estimator.address)
+    torch.testing.assert_close(values(estimator, module), values(slow, module), **close)
+
+
+@pytest.mark.parametrize("heads", [None, [0, 2]])
+@pytest.mark.parametrize("divergence", ["kl", "mse", "softmax_l2"])
+@pytest.mark.parametrize("conditional", [True, False])
+@pytest.mark.parametrize("mode", MODES)
+def test_distances_and_gradients_are_those_of_the_network_run(mode, conditional, divergence, heads):
+    net = network()
+    options = {"divergence": divergence, "class_conditional": conditional, "num_samples": 30}
+    assert_as_run(fitted(mode, net, heads=heads, **options), moved(net), rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("covariance", ["diag", "lowrank"])
+def test_with_other_covariances(covariance):
+    net = network()
+    assert_as_run(fitted("laftr", net, covariance=covariance, rank=2), moved(net), rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_pooled_tasks(mode):
+    net = network()
+    pooled = LAFTREstimator.pool([fitted(mode, net, data, num_samples=50) for data in (batches(), batches()[:1])])
+    assert_as_run(pooled, moved(net), rtol=1e-10, atol=1e-13)
+
+
+def test_images_dropout_and_functions_of_ones_own():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.dropout, self.last = nn.Linear(4, 5), nn.Dropout(0.5), nn.Linear(5, 3, bias=False)
+
+        def forward(self, x):
+            return self.last(self.dropout(torch.relu(self.first(x.flatten(1)))))
+
+    x, labels = table()
+    net = Own().double()
+    estimator = fitted("laftr", net, [(x.view(-1, 2, 2), labels)])
+    assert_as_run(estimator, moved(net), rtol=1e-10, atol=1e-13)
+    assert not estimator._ahead._refused
+
+
+def test_the_network_is_looked_at_now_and_then_and_not_run():
+    net = network()
+    other, estimator, rows = moved(net), fitted("laftr", net), []
+    other.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    for _ in range(2 * MOST_DRAWS):
+        estimator.distance(other)
+    assert 0 < sum(rows) < MOST_DRAWS
+
+
+def changes():
+    def part(net):
+        net[3] = nn.Tanh()
+
+    def hook(net):
+        net.register_forward_hook(lambda _, args, out: 2 * out)
+
+    def inner_hook(net):
+        net[2].register_forward_pre_hook(lambda _, args: (args[0] + 1,))
+
+    def attribute(net):
+        net.late = True
+
+    def function(net):
+        net.act = torch.tanh
+
+    def forward(net):
+        net.forward = lambda x: 3 * net.act(net[0](x)) @ torch.ones(8, 3).double()
+
+    def precision(net):
+        net.float()
+
+    return [part, hook, inner_hook, attribute, function, forward, precision]
+
+
+class Branching(nn.Sequential):
+    """Does what its attributes say."""
+
+    late, act = False, staticmethod(torch.relu)
+
+    def forward(self, x):
+        x = self[3](self[2](self.act(self[0](x))))
+        return self[4](x.tanh() if self.late else x)
+
+
+@pytest.mark.parametrize("change", changes(), ids=lambda change: change.__name__)
+def test_a_change_of_the_network_counts_at_once(change):
+    net = Branching(*network())
+    estimator = fitted("laftr", net, num_samples=40)
+    other = moved(net)
+    values(estimator, other, 5)  # in the middle of a block
+    change(other)
+    slow = run_by_itself(estimator)
+    rounding = 1e-4 if change.__name__ == "precision" else 1e-10
+    found = [[each.distance(other).item() for _ in range(3)] for each in (estimator, slow)]
+    assert found[0] == pytest.approx(found[1], rel=rounding)
+
+
+def test_a_network_that_counts_its_calls_is_followed():
+    class Counting(nn.Sequential):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            return super().forward(x)
+
+    net = Counting(*network())
+    estimator, other = fitted("laftr", net), moved(net)
+    for _ in range(3):
+        other.steps = torch.rand(()).item()  # as a module would that keeps its last loss
+        assert_as_run(estimator, other, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_stream_that_is_entered_anywhere_gives_the_same_numbers(mode):
+    net = network()
+    other, estimator = moved(net), fitted(mode, net, num_samples=20)
+    found = {}
+    for position in range(200):
+        found[position] = estimator.distance(other).item()
+    for position in (0, 1, 63, 64, 77, 128, 199, 5):
+        estimator.reseed(position)
+        assert estimator.distance(other).item() == found[position]
+        fresh = fitted(mode, net, num_samples=20)
+        fresh.load_state_dict(estimator.state_dict())
+        assert fresh.distance(other).item() == estimator.distance(other).item()
+    estimator.reseed(7, 3)
+    assert estimator.distance(other).item() != found[3]
+    estimator.reseed(8, 3)
+    assert estimator.distance(other).item() not in (found[3], estimator.distance(other).item())
+
+
+def test_blocks_cover_every_draw_once():
+    for most in (1, 2, 5, 16, 64):
+        position = 0
+        while position < 400:
+            block = block_of(position, most)
+            assert block.start == position
+            assert len(block) <= most
+            assert all(block_of(inside, most) == block for inside in block)
+            position = block.stop
+
+
+def test_another_reference_is_taken_up():
+    net = network()
+    other, estimator = moved(net), fitted("laftr", net)
+    values(estimator, other, 3)
+    estimator.share_reference(fitted("l2", moved(net, 0.1)))
+    assert_as_run(estimator, other, rtol=1e-10, atol=1e-13)
+    estimator.fit(other, batches())
+    assert estimator.distance(other).item() == 0.0
+
+
+def test_copies_and_pickles():
+    net = network()
+    other, estimator = moved(net), fitted("laftr", net)
+    values(estimator, other, 3)
+    twins = [copy.deepcopy(estimator), pickle.loads(pickle.dumps(estimator))]
+    expected = estimator.distance(other).item()
+    assert [twin.distance(other).item() for twin in twins] == [expected, expected]
+
+
+def test_no_gradients_autocasting_and_inference_mode_change_no_digit():
+    net = network().float()
+    estimator = function_space_estimator("laftr", fixed_draws=True).fit(
+        net, [tuple(x.float() if x.is_floating_point() else x for x in b) for b in batches()]
+    )
+    other = moved(net)
+    expected = estimator.distance(other)
+    with torch.no_grad():
+        assert estimator.distance(other).item() == expected.item()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert estimator.distance(other).item() == expected.item()
+    with torch.inference_mode():
+        assert estimator.distance(other).item() == expected.item()
+    assert estimator.distance(other).requires_grad
+
+
+def test_second_derivatives_are_those_of_the_network_run():
+    net = network()
+    other = moved(net)
+    estimator = fitted("laftr", net, fixed_draws=True)
+    weight = other[2].weight
+
+    def curvature(estimator):
+        (first,) = torch.autograd.grad(estimator.distance(other), weight, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), weight)[0]
+
+    torch.testing.assert_close(curvature(estimator), curvature(run_by_itself(estimator)), rtol=1e-9, atol=1e-12)
+
+
+def test_masked_logits_and_many_samples_are_run():
+    net = network()
+    with torch.no_grad():
+        net[-1].bias[1] = -torch.inf
+    estimator = fitted("laftr", net)
+    other = moved(net)
+    found = estimator.distance(other)
+    assert found.isfinite()
+    assert estimator._ahead._refused
+    many = fitted("laftr", network(), num_samples=30_000)
+    many.distance(moved(network()))
+    assert many._ahead._refused
+
+
+def test_bfloat16_parameters_are_compared_in_float32():
+    net = network().bfloat16()
+    data = [(x.bfloat16(), labels) for x, labels in batches()]
+    estimator, other = fitted("laftr", net, data), moved(net)
+    assert estimator.distance(other).dtype == torch.float32
+    assert_as_run(estimator, other, rtol=0.1, atol=0.02)
