@@ -111,10 +111,10 @@ class TaskMemory:
             estimator = self._held[self.tasks.index(task)]
             estimator.reseed(*stream, task, position)
             single[task] = estimator.distance(module)
-        found = list(single.values())
-        if len(found) == 1:
-            return found[0], single
-        total = torch.stack(found)
+        distances = list(single.values())
+        if len(distances) == 1:
+            return distances[0], single
+        total = torch.stack(distances)
         return (total.mean() if average else total.sum()), single
 
     def _one(self, tasks: Sequence[int]) -> FunctionSpaceEstimator:

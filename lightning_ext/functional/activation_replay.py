@@ -186,7 +186,9 @@ class RecordActivations(_ActivationMode):
         else:
             site = given
         self.sites.append(site)
-        out = site(s) if site.value is None else site.value.clone()
+        out, site.output = site.output, None
+        if out is None:
+            out = site(s) if site.value is None else site.value.clone()
         if self._watching:
             setattr(out, _LIVE, True)
         return out

@@ -30,6 +30,7 @@ class ActivationSite:
         push: :math:`v \mapsto J_\phi(s_0)\,v` of a nonlinearity that mixes elements.
         channel: Which dimension holds the channels: 1 after a convolution, -1 after a linear layer.
         shared: Whether one expansion serves every example, so that ``shape`` begins with 1.
+        output: :math:`\phi(s_0)`, where it was worked out on the way, for whoever records to take away.
 
     >>> site = relu_site("relu", torch.tensor([[-1.0, 2.0]]))
     >>> site(torch.tensor([[5.0, 7.0]])), site.slope
@@ -46,6 +47,7 @@ class ActivationSite:
     push: LinearMap | None = None
     channel: int = -1
     shared: bool = False
+    output: Tensor | None = None
 
     @property
     def intercept(self) -> Tensor | None:
@@ -71,7 +73,10 @@ class ActivationSite:
 
 def relu_site(name: str, s: Tensor, negative_slope: float = 0.0, channel: int = -1) -> ActivationSite:
     """ReLU, or leaky ReLU, whose gate is closed at 0 as in autograd."""
-    return _gated(name, s.relu().sign(), negative_slope, channel)  # many times faster than a comparison and a cast
+    output = s.relu()
+    site = _gated(name, output.sign(), negative_slope, channel)  # many times faster than a comparison and a cast
+    site.output = output if negative_slope == 0.0 else None
+    return site
 
 
 def _gated(name: str, gate: Tensor, negative_slope: float, channel: int, shared: bool = False) -> ActivationSite:

@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from lightning_ext.functional.activation_sites import ActivationSite
@@ -139,11 +140,13 @@ class InputStatistics:
         self.state["count"].index_add_(0, groups, torch.ones_like(groups, dtype=torch.float64))
         self.state["sum"].index_add_(0, groups, flat)
         self._add_second(flat, groups)
+        members = F.one_hot(groups, self.num_groups)
         for i, gate in enumerate(gated):
             total = self.state[f"gate.{i}"]
             positions = [dim for dim in range(1, gate.ndim) if total.shape[dim] == 1 and gate.shape[dim] > 1]
-            gate = gate.double()
-            total.index_add_(0, groups, gate.mean(positions, keepdim=True) if positions else gate)
+            gate = gate.to(torch.promote_types(gate.dtype, torch.float32))  # which counts exactly
+            sums = (members.mT.to(gate) @ gate.flatten(1)).view(-1, *gate.shape[1:]).to(total)
+            total += sums.mean(positions, keepdim=True) if positions else sums
         return self
 
     def _check(self, x: Tensor, groups: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -389,9 +392,13 @@ class InputModel:
         found = []
         for gate, units in zip(self.gates, self.units, strict=True):
             mean = gate[group].expand(-1, *units)
-            drawn = [torch.bernoulli(mean, generator=g) for g in _each(generator)]
+            drawn = [(mean - _uniform(mean, g)).relu_().sign_() for g in _each(generator)]  # bernoulli is slower
             found.append(torch.stack(drawn) if isinstance(generator, Sequence) else drawn[0])
         return found
+
+
+def _uniform(like: Tensor, generator: Generator | None) -> Tensor:
+    return torch.rand(like.shape, generator=generator, dtype=like.dtype, device=like.device)
 
 
 def _each(generator: Generators) -> Sequence[Generator | None]:

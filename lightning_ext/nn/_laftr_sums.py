@@ -1,42 +1,52 @@
 """How LAFTR adds up batches, keeps symmetric sums, and joins the gates of several tasks."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from lightning_ext.functional import ActivationSite, InputStatistics, gates
+from lightning_ext.functional import ActivationSite, gates
 
 
 class Gathered:
-    """Small batches, added together: sums of few rows cost as many calls as sums of many."""
+    """Small batches, taken together: few rows cost as many calls as many.
 
-    def __init__(self, most_bytes: int = 2**22) -> None:
-        self.most_bytes, self._bytes = most_bytes, 0
+    Args:
+        take: what is done with inputs and their groups.
+        most_bytes: from where on they are taken.
+        most_rows: likewise.
+
+    Attributes:
+        row_bytes: what a row takes there, beside the input.
+    """
+
+    def __init__(
+        self, take: Callable[[Tensor, Tensor | None], None], most_bytes: int = 2**22, most_rows: int = 1024
+    ) -> None:
+        self._take, self._most_bytes, self._most_rows = take, most_bytes, most_rows
+        self.row_bytes = 0
         self._rows: list[Tensor] = []
         self._groups: list[Tensor] = []
-        self._sites: list[Sequence[ActivationSite]] = []
+        self._number, self._bytes = 0, 0
 
-    def add(
-        self, statistics: InputStatistics, x: Tensor, groups: Tensor | None, sites: Sequence[ActivationSite]
-    ) -> None:
-        """Now or later, as ``statistics.add`` does."""
+    def add(self, x: Tensor, groups: Tensor | None) -> None:
+        """Now or later."""
         if self._rows and (x.shape[1:], x.dtype) != (self._rows[0].shape[1:], self._rows[0].dtype):
-            self.flush(statistics)
+            self.flush()
         self._rows.append(x.clone())  # a loader may write into what it gave
-        self._sites.append([site for site in sites if site.gate is not None])
         if groups is not None:
             self._groups.append(groups.clone())
-        self._bytes += x.nbytes + sum(site.gate.nbytes for site in sites if site.gate is not None)
-        if self._bytes >= self.most_bytes:
-            self.flush(statistics)
+        self._number += len(x)
+        self._bytes += x.nbytes + len(x) * self.row_bytes
+        if self._number >= self._most_rows or self._bytes >= self._most_bytes:
+            self.flush()
 
-    def flush(self, statistics: InputStatistics) -> None:
-        """Add what waits."""
-        if self._rows:
-            sites = [site for site in joined(self._sites) if site is not None]
-            statistics.add(torch.cat(self._rows), torch.cat(self._groups) if self._groups else None, sites)
-        self._rows, self._groups, self._sites, self._bytes = [], [], [], 0
+    def flush(self) -> None:
+        """Take what waits."""
+        rows, groups = self._rows, self._groups
+        self._rows, self._groups, self._number, self._bytes = [], [], 0, 0
+        if rows:
+            self._take(torch.cat(rows), torch.cat(groups) if groups else None)
 
 
 def joined(each: Sequence[Sequence[ActivationSite | None]]) -> list[ActivationSite | None]:

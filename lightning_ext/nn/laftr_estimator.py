@@ -1,5 +1,6 @@
 """LAFTR: the distance from moments of the inputs and mean gates, or the reference's own gates on drawn inputs."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -144,26 +145,9 @@ class LAFTREstimator(FunctionSpaceEstimator):
     # -- statistics ---------------------------------------------------------------------------------------------------
 
     def _fit(self, module: nn.Module, batches: Iterable[Any], reduce: Reduce | None) -> None:
-        statistics, hessians, gathered = None, None, Gathered()
-        sites: Sequence[ActivationSite]
-        for batch in batches:
-            x, sites = self.inputs_of(batch), ()
-            if statistics is None or self.mode != "relu":  # which needs the shapes alone
-                with RecordActivations(watch=statistics is None, own=self.values_of(module).values()) as tape:
-                    outputs = self._forward(module, x)
-                sites = tape.sites
-            if statistics is None:
-                statistics = self._zeros(x, outputs, sites)
-                self._facts["outputs"] = outputs.shape[-1]
-            groups = self._groups(batch, len(x))
-            gathered.add(statistics, x, groups, () if self.mode == "relu" else sites)
-            if self.mode in ("moments", "mean") and self.divergence == "kl":
-                chosen = outputs if self.heads is None else outputs[..., self.heads]
-                found = class_hessians(chosen.double(), groups, statistics.num_groups, "sum")
-                hessians = found if hessians is None else hessians + found
+        statistics, hessians = self._collect(module, batches)
         require_batches(statistics is not None, module, reduce)
         assert statistics is not None
-        gathered.flush(statistics)
         if reduce is not None:
             statistics.reduce(reduce)
             hessians = None if hessians is None else reduce(hessians)
@@ -183,6 +167,38 @@ class LAFTREstimator(FunctionSpaceEstimator):
             dtype = getattr(torch, self.store_dtype)
             held = self._reference
             self._reference = {n: v.to(dtype) if v.is_floating_point() else v for n, v in held.items()}
+
+    def _collect(self, module: nn.Module, batches: Iterable[Any]) -> tuple[InputStatistics | None, Tensor | None]:
+        """Sums over the batches, and of the outputs' Hessians where they are kept; None where there is no batch."""
+        statistics: InputStatistics | None = None
+        hessians: Tensor | None = None
+
+        def take(x: Tensor, groups: Tensor | None) -> None:
+            nonlocal hessians
+            assert statistics is not None
+            outputs, sites = (None, []) if self.mode == "relu" else self._recorded(module, x)
+            statistics.add(x, groups, sites)
+            if outputs is not None and self.mode != "sample" and self.divergence == "kl":
+                chosen = outputs if self.heads is None else outputs[..., self.heads]
+                found = class_hessians(chosen.double(), groups, statistics.num_groups, "sum")
+                hessians = found if hessians is None else hessians + found
+
+        gathered = Gathered(take)
+        for batch in batches:
+            x = self.inputs_of(batch)
+            if statistics is None:
+                outputs, sites = self._recorded(module, x, watch=True)
+                statistics = self._zeros(x, outputs, sites)
+                self._facts["outputs"] = outputs.shape[-1]
+                gathered.row_bytes = sum(math.prod(unit) for unit in statistics.units) * x.element_size()
+            gathered.add(x, self._groups(batch, len(x)))
+        gathered.flush()
+        return statistics, hessians
+
+    def _recorded(self, module: nn.Module, x: Any, *, watch: bool = False) -> tuple[Tensor, list[ActivationSite]]:
+        with RecordActivations(watch=watch, own=self.values_of(module).values()) as tape:
+            outputs = self._forward(module, x)
+        return outputs, tape.sites
 
     def _zeros(self, x: Tensor, outputs: Tensor, sites: Sequence[ActivationSite]) -> InputStatistics:
         if not isinstance(x, Tensor):
