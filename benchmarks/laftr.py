@@ -69,15 +69,17 @@ from lightning_ext.benchmark import (
 )
 from lightning_ext.callbacks import FunctionSpaceRegularizer
 from lightning_ext.nn import FunctionSpaceEstimator, function_space_estimator
+from lightning_ext.nn._laftr_ahead import MOST_DRAWS
 
 RESULTS = Path(__file__).parent / "results" / "laftr.json"
 DRAWN = 40
 STORED = 500
+TURN = MOST_DRAWS  # calls at a time: a reference that is taken for many draws at once is part of each turn
 Rows = list[BenchmarkRow]
 
 
 def paired(ours: Callable[[], object], peer: Callable[[], object], calls: int, repeats: int = 41) -> PairedRatio:
-    """Of so many calls at a time, for the clock's sake; times are of one call."""
+    """Of so many calls at a time; times are of one call."""
 
     def several(call: Callable[[], object]) -> Callable[[], None]:
         def run() -> None:
@@ -139,7 +141,7 @@ def penalty() -> Rows:
     for name, distance in ours.items():
         for peer, (theirs, kind) in peers.items():
             drawn = not name.startswith("laftr-moments")
-            timing = paired(gradient(distance, model), gradient(theirs, model), calls=10)
+            timing = paired(gradient(distance, model), gradient(theirs, model), calls=TURN, repeats=21)
             why = f"{milliseconds(timing)}; {sizes[name]:.3f} nats on average, the true distance is {truth:.3f}"
             rows.append(
                 timed_row(
@@ -159,7 +161,7 @@ def width() -> Rows:
         ours = fitted("laftr-relu", network, num_samples=DRAWN, class_conditional=False)
         timing = paired(
             gradient(ours.distance, model), gradient(plain_exact(network), model),
-            calls=10 if units < 512 else 2, repeats=21,
+            calls=TURN, repeats=15 if units < 512 else 5,
         )  # fmt: skip
         rows.append(
             timed_row(
@@ -241,7 +243,7 @@ def steps() -> Rows:
     rows = []
     for name, ours in learners().items():
         for rival, theirs in rivals.items():
-            timing = paired(after_a_task(ours()), after_a_task(theirs()), calls=10, repeats=21)
+            timing = paired(after_a_task(ours()), after_a_task(theirs()), calls=TURN, repeats=15)
             rows.append(
                 timed_row(
                     f"regularised step: {name} against {rival}", timing, peer_name=f"{rival}, written here",
@@ -270,14 +272,14 @@ def avalanche_steps() -> Rows:
     rows = []
     for name, (estimator, options) in ours.items():
         mine = after_a_task(Penalized(estimator, 10.0, **options))
-        timing = paired(mine, endless(tasks()[1].train, peer, model), calls=10, repeats=21)
+        timing = paired(mine, endless(tasks()[1].train, peer, model), calls=TURN, repeats=15)
         row = {"peer_name": package, "peer_version": version, "goal": 1.0}
         rows.append(timed_row(names["plain"].format(name), timing, why=milliseconds(timing), **row))
     for name, (estimator, options) in ours.items():
         peer = avalanche_ewc(model := mlp(), adam(model), tasks()[:1], tasks()[1], 1.0)
         mine, loader = LitDigits(trained()), DataLoader(TensorDataset(*tasks()[1].train), BATCH, shuffle=True)
         with fitting(mine, loader, remembering(estimator, mine, **options)) as run, peer.running() as theirs:
-            timing = paired(partial(run, 1), partial(theirs, 1), calls=10, repeats=21)
+            timing = paired(partial(run, 1), partial(theirs, 1), calls=TURN, repeats=15)
         why = f"{milliseconds(timing)}, the frameworks' loops included"
         rows.append(timed_row(names["framework"].format(name), timing, why=why, **row))
     return rows
@@ -331,10 +333,10 @@ def overhead() -> Rows:
         with contextlib.ExitStack() as stack:
             ours = stack.enter_context(fitting(mine, loader, remembering("laftr", mine, **options)))
             theirs = stack.enter_context(fitting(plain, loader))
-            timing = paired(partial(ours, 10), partial(theirs, 10), calls=1, repeats=31)
+            timing = paired(partial(ours, TURN), partial(theirs, TURN), calls=1, repeats=15)
         rows.append(
             timed_row(
-                f"ten training steps in a Trainer with FunctionSpaceRegularizer: {name}", timing,
+                f"{TURN} training steps in a Trainer with FunctionSpaceRegularizer: {name}", timing,
                 peer_name="the same fine-tuning without the callback", peer_version=None, goal=1.5,
                 why=milliseconds(timing),
             )
@@ -355,7 +357,7 @@ def growth() -> Rows:
             callback = remembering("laftr-relu", module, past, consolidate, num_samples=DRAWN)
             module.net.load_state_dict(moved(trained()).state_dict())
             calls[past], held[past] = gradient(callback.penalty, module), callback.stats_bytes
-        found = {past: paired(calls[past], calls[1], calls=5, repeats=21) for past in (2, 4, 8)}
+        found = {past: paired(calls[past], calls[1], calls=TURN, repeats=11) for past in (2, 4, 8)}
         why = ", ".join(f"{past} tasks {timing.ratio:.2f}" for past, timing in found.items())
         exponent = math.log(found[8].ratio) / math.log(8)
         peer = {"peer_name": "one past task", "peer_version": None}
