@@ -348,10 +348,7 @@ class InputModel:
             ValueError: If num is below 1.
         """
         counts, weights, group = self._layout(num)
-        shape, like = (len(group), self.factors.shape[-1]), self.means
-        noise = torch.stack(
-            [torch.randn(shape, generator=g, dtype=like.dtype, device=like.device) for g in _each(generator)]
-        )
+        noise = _drawn("normal_", (len(group), self.factors.shape[-1]), self.means, generator)
         x = self._inputs(noise, counts, group).reshape(*noise.shape[:2], *self.means.shape[1:])
         return x if isinstance(generator, Sequence) else x[0], weights, group
 
@@ -392,14 +389,15 @@ class InputModel:
         found = []
         for gate, units in zip(self.gates, self.units, strict=True):
             mean = gate[group].expand(-1, *units)
-            drawn = [(mean - _uniform(mean, g)).relu_().sign_() for g in _each(generator)]  # bernoulli is slower
-            found.append(torch.stack(drawn) if isinstance(generator, Sequence) else drawn[0])
+            drawn = (mean - _drawn("uniform_", mean.shape, mean, generator)).relu_().sign_()  # bernoulli is slower
+            found.append(drawn if isinstance(generator, Sequence) else drawn[0])
         return found
 
 
-def _uniform(like: Tensor, generator: Generator | None) -> Tensor:
-    return torch.rand(like.shape, generator=generator, dtype=like.dtype, device=like.device)
-
-
-def _each(generator: Generators) -> Sequence[Generator | None]:
-    return generator if isinstance(generator, Sequence) else (generator,)
+def _drawn(kind: str, shape: Sequence[int], like: Tensor, generator: Generators) -> Tensor:
+    """Random numbers ``(n, *shape)``, from each generator in turn."""
+    each = generator if isinstance(generator, Sequence) else (generator,)
+    found = torch.empty(len(each), *shape, dtype=like.dtype, device=like.device)
+    for rows, own in zip(found, each, strict=True):
+        getattr(rows, kind)(generator=own)
+    return found

@@ -126,10 +126,13 @@ class DrawnChain:
         shape = rows.x.shape[:2]
         h, gates = rows.x.flatten(0, 1).flatten(1), []
         for number, (weight, bias) in enumerate(self._reference[:-1]):
-            s = F.linear(h, weight, bias)
-            gate = rows.gates[number].reshape(s.shape) if rows.gates else s.relu().sign()
+            h = F.linear(h, weight, bias)
+            if rows.gates:
+                gate = rows.gates[number].reshape(h.shape)
+                h.mul_(gate)
+            else:
+                gate = h.relu_().sign()
             gates.append(gate.view(*shape, -1).unbind())
-            h = gate * s
         old = F.linear(h, *self._reference[-1]).view(*shape, -1)
         if not bool(old.isfinite().all()):
             return None
@@ -140,19 +143,14 @@ class DrawnChain:
 
 def appearance(module: nn.Module) -> tuple[list[nn.Module], list[object]]:
     """A module's parts, and what is another list when one of them has got another attribute, part or hook."""
-    parts: list[nn.Module] = []
-    look: list[object] = []
-    waiting: list[nn.Module | None] = [module]
-    while waiting:
-        part = waiting.pop()
-        if part is None:
-            continue
-        parts.append(part)
+    parts, look = [module], list[object]()
+    for part in parts:  # which grows
         look.append(type(part))
         look += map(id, part.__dict__.values())
         look += part._forward_hooks
         look += part._forward_pre_hooks
-        waiting += part._modules.values()
+        if part._modules:
+            parts += [child for child in part._modules.values() if child is not None]
     return parts, look
 
 
