@@ -14,7 +14,8 @@ from lightning_ext.nn._laftr_network import Heads, grown, outside_inference
 
 MOST_DRAWS, MOST_BYTES = 64, 2**22
 Address = tuple[int, ...]  # of a draw: its stream, and the position in it
-_Place = tuple[int, str, str]  # which part of the module, "_parameters" or "_buffers", the name there
+_Path = tuple[str, ...]  # to a part of the module, by the names of the parts that hold it
+_Place = tuple[int, str, str]  # which of these parts, "_parameters" or "_buffers", the name there
 _Pair = tuple[Tensor, Tensor | None]
 
 
@@ -41,11 +42,12 @@ class _Block(NamedTuple):
 class DrawnChain:
     """Distances from one reference of networks that are chains, without running the module itself.
 
-    The chain is found by a run of the module, anew for each block of draws and whenever the module looks different.
-    Nothing is kept in copies and pickles.
+    The chain is found by a run of the module, anew for each block of draws and whenever a part that took part in it
+    looks different. Nothing is kept in copies and pickles.
     """
 
     def __init__(self) -> None:
+        self._paths: list[_Path] = [()]
         self._look: list[object] = []
         self._places: list[tuple[_Place, _Place | None]] = []
         self._reference: list[_Pair] = []
@@ -69,13 +71,17 @@ class DrawnChain:
         if torch.is_inference_mode_enabled():
             with outside_inference():
                 return self.distance(host, module, draw, address)
-        parts, look = appearance(module)
+        parts, look = appearance(module, self._paths)
         block = self._block
         known = block is not None and address in block.places and look == self._look
         pairs = self._current(parts) if known else None
         if pairs is None:
-            self._refused = not self._prepare(host, module, parts, draw, address)
-            self._look, block, pairs = look, self._block, None if self._refused else self._current(parts)
+            self._look = []
+            self._refused = not self._prepare(host, module, draw, address)
+            if self._refused:
+                return None
+            parts, self._look = appearance(module, self._paths)
+            block, pairs = self._block, self._current(parts)
         if pairs is None or block is None:
             return None
         kind, number = pairs[0][0].device.type, block.places[address]
@@ -98,15 +104,15 @@ class DrawnChain:
         return pairs
 
     @torch.no_grad()
-    def _prepare(self, host: Any, module: nn.Module, parts: Sequence[nn.Module], draw: Draw, address: Address) -> bool:
+    def _prepare(self, host: Any, module: nn.Module, draw: Draw, address: Address) -> bool:
         """Find the chain, and run the reference where it was not run; whether this can be done."""
         with host._quiet(module):
             host._require_same(module)
             rows = draw(module, [address])
-            layers = _layers(host, module, rows.x[0, :2])
+            layers, called = _layers(host, module, rows.x[0, :2])
             if len(layers) < 2:
                 return False
-            self._places = [_places(parts, host.values_of(module), names) for names in layers]
+            self._find(module, called, [[host.values_of(module)[name] for name in names if name] for names in layers])
             values = host.reference_values(module)
             reference = [(values[weight], None if bias is None else values[bias]) for weight, bias in layers]
             if any(weight.dtype != rows.x.dtype for weight, _ in reference):
@@ -121,6 +127,24 @@ class DrawnChain:
                 self._block = self._run(host, together, draw(module, together))
         return self._block is not None
 
+    def _find(self, module: nn.Module, called: set[int], layers: Sequence[Sequence[Tensor]]) -> None:
+        """Where the weights and biases are, and which parts took part."""
+        places: dict[int, _Place] = {}
+        wanted = {id(tensor) for layer in layers for tensor in layer}
+        self._paths = []
+        for name, part in module.named_modules():
+            held = {
+                id(tensor): (len(self._paths), kind, key)
+                for kind in ("_parameters", "_buffers")
+                for key, tensor in getattr(part, kind).items()
+                if id(tensor) in wanted
+            }
+            if part is module or held or id(part) in called:
+                self._paths.append(tuple(name.split(".")) if name else ())
+                places = held | places
+        found = [[places[id(tensor)] for tensor in layer] for layer in layers]
+        self._places = [(layer[0], layer[1] if len(layer) > 1 else None) for layer in found]
+
     def _run(self, host: Any, addresses: Sequence[Address], rows: Rows) -> _Block | None:
         """The reference on several draws; None where its outputs are not finite."""
         shape = rows.x.shape[:2]
@@ -134,6 +158,7 @@ class DrawnChain:
                 gate = h.relu_().sign()
             gates.append(gate.view(*shape, -1).unbind())
         old = F.linear(h, *self._reference[-1]).view(*shape, -1)
+        output_divergence(old[0], old[0], host.divergence, host.heads, rows.weights)  # refuses what it cannot compare
         if not bool(old.isfinite().all()):
             return None
         divergences = _divergences(old, host.divergence, host.heads, rows.weights)
@@ -141,16 +166,22 @@ class DrawnChain:
         return _Block(places, rows.x.flatten(2).unbind(), list(zip(*gates, strict=True)), divergences)
 
 
-def appearance(module: nn.Module) -> tuple[list[nn.Module], list[object]]:
-    """A module's parts, and what is another list when one of them has got another attribute, part or hook."""
-    parts, look = [module], list[object]()
-    for part in parts:  # which grows
+def appearance(module: nn.Module, paths: Sequence[_Path]) -> tuple[list[nn.Module], list[object]]:
+    """Some parts of a module, and what is another list when one of them has got another attribute, part or hook."""
+    parts: list[nn.Module] = []
+    look: list[object] = []
+    for path in paths:
+        part: nn.Module | None = module
+        for name in path:
+            part = part._modules.get(name) if part is not None else None
+        if part is None:
+            return [], []
+        parts.append(part)
         look.append(type(part))
         look += map(id, part.__dict__.values())
+        look += part._modules
         look += part._forward_hooks
         look += part._forward_pre_hooks
-        if part._modules:
-            parts += [child for child in part._modules.values() if child is not None]
     return parts, look
 
 
@@ -167,31 +198,20 @@ def block_of(position: int, most: int) -> range:
     return range(first, first + size)
 
 
-def _layers(host: Any, module: nn.Module, x: Tensor) -> list[tuple[str, str | None]]:
-    """The chain's weights and biases by name; none where the module is no chain."""
-    now = host.values_of(module)
+def _layers(host: Any, module: nn.Module, x: Tensor) -> tuple[list[tuple[str, str | None]], set[int]]:
+    """The chain's weights and biases by name, none where the module is no chain; and the parts that were called."""
+    called: set[int] = set()
 
     def run(values: Mapping[str, Tensor], x: Tensor) -> Tensor:
         outputs: Tensor = host.run(module, values, x)
         return outputs
 
-    try:
-        return sequential_layers(run, now, x)
-    except Exception:  # what is wrong with it is said where it is run in earnest
-        return []
-
-
-def _places(
-    parts: Sequence[nn.Module], values: Mapping[str, Tensor], names: tuple[str, str | None]
-) -> tuple[_Place, _Place | None]:
-    held = {
-        id(tensor): (number, kind, name)
-        for number, part in enumerate(parts)
-        for kind in ("_parameters", "_buffers")
-        for name, tensor in getattr(part, kind).items()
-    }
-    weight, bias = names
-    return held[id(values[weight])], None if bias is None else held[id(values[bias])]
+    with contextlib.ExitStack() as stack:
+        for part in module.modules():
+            stack.callback(part.register_forward_pre_hook(lambda part, _: called.add(id(part))).remove)
+        with contextlib.suppress(Exception):  # what is wrong with it is said where it is run in earnest
+            return sequential_layers(run, host.values_of(module), x), called
+    return [], called
 
 
 def _cut(parts: Sequence[nn.Module], place: _Place, kept: Tensor) -> Tensor | None:

@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torchmetrics import MeanMetric
 
 from lightning_ext.nn import LAFTREstimator, function_space_estimator
 from lightning_ext.nn._laftr_ahead import MOST_DRAWS, block_of
@@ -83,6 +84,47 @@ def test_the_network_is_looked_at_now_and_then_and_not_run():
     for _ in range(2 * MOST_DRAWS):
         estimator.distance(other)
     assert 0 < sum(rows) < MOST_DRAWS
+
+
+def test_parts_that_play_no_role_may_change():
+    class WithMetric(nn.Sequential):
+        def forward(self, x):
+            for part in list(self)[:5]:
+                x = part(x)
+            return x
+
+    net = WithMetric(*network(), MeanMetric())
+    estimator, other, rows = fitted("laftr", net), moved(net), []
+    other.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    for step in range(MOST_DRAWS):
+        other[5].update(step)
+        estimator.distance(other)
+    assert 0 < sum(rows) < MOST_DRAWS
+
+
+def test_one_output_has_no_divergence_of_softmaxes():
+    net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 1)).double()
+    estimator = fitted("laftr", net, class_conditional=False)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="at least two classes"):
+            estimator.distance(net)
+
+
+def test_what_fails_once_is_looked_at_again(monkeypatch):
+    net = Branching(*network())
+    estimator, other = fitted("laftr", net), moved(net)
+    values(estimator, other, 5)
+    other.act = torch.tanh
+
+    def broken(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(estimator, "rows", broken)
+    with pytest.raises(MemoryError):
+        estimator.distance(other)
+    monkeypatch.undo()
+    del other.act
+    assert_as_run(estimator, other, rtol=1e-10, atol=1e-13)
 
 
 def changes():
