@@ -14,9 +14,10 @@ from lightning_ext.nn._laftr_network import Heads, grown, outside_inference
 
 MOST_DRAWS, MOST_BYTES = 64, 2**22
 Address = tuple[int, ...]  # of a draw: its stream, and the position in it
-_Path = tuple[str, ...]  # to a part of the module, by the names of the parts that hold it
+_Watched = tuple[Sequence[str], Sequence[str]]  # a part, by the names that lead to it, and which attributes hold items
 _Place = tuple[int, str, str]  # which of these parts, "_parameters" or "_buffers", the name there
 _Pair = tuple[Tensor, Tensor | None]
+_BESIDE = frozenset(vars(nn.Module())) - {"_forward_hooks", "_forward_pre_hooks", "_modules"}
 
 
 class Rows(NamedTuple):
@@ -47,7 +48,7 @@ class DrawnChain:
     """
 
     def __init__(self) -> None:
-        self._paths: list[_Path] = [()]
+        self._watched: list[_Watched] = [((), ())]
         self._look: list[object] = []
         self._places: list[tuple[_Place, _Place | None]] = []
         self._reference: list[_Pair] = []
@@ -71,7 +72,7 @@ class DrawnChain:
         if torch.is_inference_mode_enabled():
             with outside_inference():
                 return self.distance(host, module, draw, address)
-        parts, look = appearance(module, self._paths)
+        parts, look = appearance(module, self._watched)
         block = self._block
         known = block is not None and address in block.places and look == self._look
         pairs = self._current(parts) if known else None
@@ -80,7 +81,7 @@ class DrawnChain:
             self._refused = not self._prepare(host, module, draw, address)
             if self._refused:
                 return None
-            parts, self._look = appearance(module, self._paths)
+            parts, self._look = appearance(module, self._watched)
             block, pairs = self._block, self._current(parts)
         if pairs is None or block is None:
             return None
@@ -131,16 +132,16 @@ class DrawnChain:
         """Where the weights and biases are, and which parts took part."""
         places: dict[int, _Place] = {}
         wanted = {id(tensor) for layer in layers for tensor in layer}
-        self._paths = []
+        self._watched = []
         for name, part in module.named_modules():
             held = {
-                id(tensor): (len(self._paths), kind, key)
+                id(tensor): (len(self._watched), kind, key)
                 for kind in ("_parameters", "_buffers")
                 for key, tensor in getattr(part, kind).items()
                 if id(tensor) in wanted
             }
             if part is module or held or id(part) in called:
-                self._paths.append(tuple(name.split(".")) if name else ())
+                self._watched.append((name.split(".") if name else (), holders_of(part)))
                 places = held | places
         found = [[places[id(tensor)] for tensor in layer] for layer in layers]
         self._places = [(layer[0], layer[1] if len(layer) > 1 else None) for layer in found]
@@ -166,23 +167,33 @@ class DrawnChain:
         return _Block(places, rows.x.flatten(2).unbind(), list(zip(*gates, strict=True)), divergences)
 
 
-def appearance(module: nn.Module, paths: Sequence[_Path]) -> tuple[list[nn.Module], list[object]]:
-    """Some parts of a module, and what is another list when one of them has got another attribute, part or hook."""
+def appearance(module: nn.Module, watched: Sequence[_Watched]) -> tuple[list[nn.Module], list[object]]:
+    """Some parts of a module, and what is another list when one of them has another attribute, part or hook.
+
+    Or another item in an attribute that is a short list or dictionary; long ones are what a training collects.
+    """
     parts: list[nn.Module] = []
     look: list[object] = []
-    for path in paths:
+    for path, holders in watched:
         part: nn.Module | None = module
         for name in path:
             part = part._modules.get(name) if part is not None else None
         if part is None:
             return [], []
         parts.append(part)
+        held = part.__dict__
         look.append(type(part))
-        look += map(id, part.__dict__.values())
-        look += part._modules
-        look += part._forward_hooks
-        look += part._forward_pre_hooks
+        look += map(id, held.values())
+        for name in holders:
+            items = held.get(name)
+            if items and len(items) <= 32:
+                look += map(id, items.values() if isinstance(items, dict) else items)
     return parts, look
+
+
+def holders_of(part: nn.Module) -> list[str]:
+    """The attributes that are lists or dictionaries, but for what PyTorch keeps of a part besides."""
+    return [k for k, v in part.__dict__.items() if isinstance(v, (dict, list)) and k not in _BESIDE]
 
 
 def block_of(position: int, most: int) -> range:

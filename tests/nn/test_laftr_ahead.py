@@ -140,6 +140,12 @@ def changes():
     def attribute(net):
         net.late = True
 
+    def setting(net):
+        net.settings["late"] = True
+
+    def entry(net):
+        net.switches[0] = True
+
     def function(net):
         net.act = torch.tanh
 
@@ -149,7 +155,7 @@ def changes():
     def precision(net):
         net.float()
 
-    return [part, hook, inner_hook, attribute, function, forward, precision]
+    return [part, hook, inner_hook, attribute, setting, entry, function, forward, precision]
 
 
 class Branching(nn.Sequential):
@@ -157,9 +163,13 @@ class Branching(nn.Sequential):
 
     late, act = False, staticmethod(torch.relu)
 
+    def __init__(self, *parts):
+        super().__init__(*parts)
+        self.settings, self.switches = {"late": False}, [False]
+
     def forward(self, x):
         x = self[3](self[2](self.act(self[0](x))))
-        return self[4](x.tanh() if self.late else x)
+        return self[4](x.tanh() if self.late or self.settings["late"] or self.switches[0] else x)
 
 
 @pytest.mark.parametrize("change", changes(), ids=lambda change: change.__name__)
