@@ -74,6 +74,7 @@ class LookAhead:
         divergence: a name, a function, or ``"auto"``.
         fsd_batch: ``"previous"``, ``"loader"`` or a DataLoader.
         fsd_fraction: the part of B' that is used, in ``(0, 1]``.
+        loss_fraction: the part of B on which the loss is taken, likewise.
         seed: of the dropout masks on B' and of its draws from a loader.
     """
 
@@ -86,16 +87,18 @@ class LookAhead:
         divergence: str | Divergence,
         fsd_batch: Literal["previous", "loader"] | DataLoader[Any],
         fsd_fraction: float,
+        loss_fraction: float,
         seed: int,
     ) -> None:
-        if not 0 < fsd_fraction <= 1:
-            raise ValueError(f"fsd_fraction must be in (0, 1]; got {fsd_fraction}.")
+        for argument, fraction in (("fsd_fraction", fsd_fraction), ("loss_fraction", loss_fraction)):
+            if not 0 < fraction <= 1:
+                raise ValueError(f"{argument} must be in (0, 1]; got {fraction}.")
         if fsd_batch not in ("previous", "loader") and not isinstance(fsd_batch, DataLoader):
             raise ValueError(f"fsd_batch must be 'previous', 'loader' or a DataLoader; got {fsd_batch!r}.")
         if isinstance(fsd_batch, DataLoader):
             _random_access(fsd_batch, who)
         self.who, self.output_fn, self.loss_fn = who, output_fn, loss_fn
-        self.fsd_batch, self.fsd_fraction, self.seed = fsd_batch, fsd_fraction, seed
+        self.fsd_batch, self.fsd_fraction, self.loss_fraction, self.seed = fsd_batch, fsd_fraction, loss_fraction, seed
         for name, function in (("output_fn", output_fn), ("loss_fn", loss_fn)):
             if function is not None and not callable(function):
                 raise ValueError(f"{name} must be a function (module, batch) -> tensor, or None; got {function!r}.")
@@ -185,19 +188,36 @@ class LookAhead:
     # -- the objective
 
     def objective(
-        self, trainer: Trainer, pl_module: LightningModule, *, outputs: bool, address: Sequence[int]
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        *,
+        outputs: bool,
+        address: Sequence[int],
+        loss_before: Tensor | None = None,
+        whole: bool = False,
     ) -> ProximalObjective | None:
-        """Return the objective of the coming step, or ``None`` where it needs a batch B' and there is none yet."""
+        """Return the objective of the coming step, or ``None`` where it needs a batch B' and there is none yet.
+
+        Args:
+            trainer: of the fit.
+            pl_module: the module.
+            outputs: whether the change of the outputs counts.
+            address: of the dropout masks on B'.
+            loss_before: the loss on B where it is known; used where the loss is taken on all of B.
+            whole: take the loss on all of B.
+        """
         batch, batch_idx, rng = self._batch, self._batch_idx, self._rng
         other = self._other_batch(trainer, pl_module) if outputs else None
         if outputs and other is None:
             return None
         seed = fold_in(self.seed, trainer.global_rank, *address)
+        part = batch if whole else _part(batch, self.loss_fraction)
 
-        def loss_fn() -> Tensor:
+        def loss_fn(chosen: Any = part) -> Tensor:
             with self._side(trainer, pl_module):
                 _set_rng(rng, pl_module.device)
-                return self._loss(pl_module, batch, batch_idx)
+                return self._loss(pl_module, chosen, batch_idx)
 
         def outputs_of_loss() -> Tensor:
             with self._side(trainer, pl_module):
@@ -214,7 +234,7 @@ class LookAhead:
         if outputs and self.divergence == "auto" and self._recognised is None:
             try:
                 with torch.no_grad():
-                    found = recognise(outputs_of_loss(), batch, loss_fn(), self.who)
+                    found = recognise(outputs_of_loss(), batch, loss_fn(batch), self.who)
             except NoLoss:
                 return None
             self._recognised = found.divergence
@@ -224,6 +244,7 @@ class LookAhead:
             loss_fn,
             output_fn if outputs else None,
             self._recognised or self.divergence,  # type: ignore[arg-type]
+            loss_at_anchor=loss_before if part is batch else None,
             grad_scale=1.0 if scaler is None else float(scaler.get_scale()),
         )
 

@@ -63,6 +63,8 @@ class APOLearningRate(Callback):
         fsd_batch: where :math:`B'` comes from: the ``"previous"`` batch, random examples of the training ``"loader"``'s
             data, or of another DataLoader's.
         fsd_fraction: the part of :math:`B'` that is used, in (0, 1].
+        loss_fraction: the part of :math:`B` on which the loss after the step is taken, in (0, 1]; a smaller one makes
+            look-aheads on large batches cheaper, and noisier. Secant meta-steps take all of it.
         output_fn: ``(module, batch) -> outputs``; default ``module(batch[0])``.
         loss_fn: ``(module, batch) -> loss``; default the module's ``training_step``. Needed under manual optimisation.
         divergence: ``"kl"``, ``"bernoulli_kl"``, ``"mse"``, ``"squared_error"``, a function ``(new, old) -> scalar``,
@@ -85,12 +87,12 @@ class APOLearningRate(Callback):
     first have their index appended.
 
     Note:
-        Cost per meta-step: one forward and backward pass on :math:`B`, two forward and one backward on the part of
-        :math:`B'`, and while it lasts three copies of the weights. Distributed: every rank looks at its own batches; a
-        small vector is averaged per meta-step, so that learning rates and weights stay equal on ranks, and a look-ahead
-        that is not finite on one rank is taken back on all. With accumulation :math:`B` is the last micro-batch.
-        Interrupted and resumed equals uninterrupted where the loaders resume; the previous batch is saved up to 16 MiB
-        over all ranks, beyond that the first meta-step after a resume may be left out.
+        Cost per meta-step: one forward and backward pass on the part of :math:`B`, two forward and one backward on
+        that of :math:`B'`, and while it lasts three copies of the weights. Distributed: every rank looks at its own
+        batches; a small vector is averaged per meta-step, so that learning rates and weights stay equal on ranks, and a
+        look-ahead that is not finite on one rank is taken back on all. With accumulation :math:`B` is the last
+        micro-batch. Interrupted and resumed equals uninterrupted where the loaders resume; the previous batch is saved
+        up to 16 MiB over all ranks, beyond that the first meta-step after a resume may be left out.
 
         A ``StochasticWeightAveraging`` callback takes the learning rate over when it begins; from there on this one
         stands back. Averages of the weights (``EMAWeightAveraging``) need nothing.
@@ -119,6 +121,7 @@ class APOLearningRate(Callback):
         loss_batch: Literal["same", "next"] = "same",
         fsd_batch: Literal["previous", "loader"] | DataLoader = "previous",  # type: ignore[type-arg]
         fsd_fraction: float = 0.125,
+        loss_fraction: float = 1.0,
         output_fn: BatchFn | None = None,
         loss_fn: BatchFn | None = None,
         divergence: str | Divergence = "auto",
@@ -151,6 +154,7 @@ class APOLearningRate(Callback):
             divergence=divergence,
             fsd_batch=fsd_batch,
             fsd_fraction=fsd_fraction,
+            loss_fraction=loss_fraction,
             seed=seed,
         )
         self._controllers: dict[int, RateController] = {}
@@ -273,7 +277,11 @@ class APOLearningRate(Callback):
         still_scaled = scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False)
         controller.before_step(
             lambda: self.look_ahead.objective(
-                trainer, pl_module, outputs=controller.uses_outputs, address=(controller.index, controller.count)
+                trainer,
+                pl_module,
+                outputs=controller.uses_outputs,
+                address=(controller.index, controller.count),
+                whole=controller.needs_gradient,
             ),
             grad_scale=float(scaler.get_scale()) if scaler is not None and still_scaled else 1.0,
             skippable=scaler is not None,

@@ -32,6 +32,8 @@ class APOPreconditioning(Callback):
         fsd_batch: where :math:`B'` comes from: the ``"previous"`` batch, random examples of the training ``"loader"``'s
             data, or of another DataLoader's.
         fsd_fraction: the part of :math:`B'` that is used, in (0, 1].
+        loss_fraction: the part of :math:`B` on which the loss before and after the look-ahead is taken, in (0, 1]; a
+            smaller one makes look-aheads on large batches cheaper, and noisier.
         output_fn: ``(module, batch) -> outputs``; default ``module(batch[0])``.
         loss_fn: ``(module, batch) -> loss``; default the module's ``training_step``. Needed under manual optimisation.
         divergence: as in :class:`APOLearningRate`.
@@ -49,7 +51,8 @@ class APOPreconditioning(Callback):
     Optimizers after the first have their index appended.
 
     Note:
-        Cost per meta-step: a forward and backward pass on B, two forward and one backward on the part of B'.
+        Cost per meta-step: a forward and backward pass on the part of B (and a forward pass more where that is not all
+        of it), two forward and one backward on the part of B'.
         Distributed: the optimizer averages the meta-gradient over ranks.
 
     Source: Bae, Vicol, HaoChen, Grosse 2022, arXiv:2203.00089, section 4.
@@ -59,6 +62,7 @@ class APOPreconditioning(Callback):
         self,
         fsd_batch: Literal["previous", "loader"] | DataLoader = "previous",  # type: ignore[type-arg]
         fsd_fraction: float = 0.25,
+        loss_fraction: float = 1.0,
         output_fn: BatchFn | None = None,
         loss_fn: BatchFn | None = None,
         divergence: str | Divergence = "auto",
@@ -73,6 +77,7 @@ class APOPreconditioning(Callback):
             divergence=divergence,
             fsd_batch=fsd_batch,
             fsd_fraction=fsd_fraction,
+            loss_fraction=loss_fraction,
             seed=seed,
         )
         self._fed: dict[int, tuple[int, APOPreconditioner]] = {}
@@ -135,9 +140,11 @@ class APOPreconditioning(Callback):
             return
         uses_outputs = any(group["lam_f"] > 0 for group in ours.param_groups)
         address = (index, trainer.global_step)
-        objective = self.look_ahead.objective(trainer, pl_module, outputs=uses_outputs, address=address)
+        objective = self.look_ahead.objective(
+            trainer, pl_module, outputs=uses_outputs, address=address, loss_before=self._loss
+        )
         if objective is not None:
-            objective.loss_at_anchor, self._loss = self._loss, None
+            self._loss = None
             objective.anchor()
             ours.look_ahead = objective
 

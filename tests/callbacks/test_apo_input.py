@@ -48,6 +48,7 @@ ARGUMENTS = [
     ({"optimizers": [-1]}, r"optimizers must be 'all' or a list of indices from 0 on, each once; got \[-1\]"),
     ({"optimizers": "first"}, "optimizers must be 'all' or a list of indices from 0 on, each once; got 'first'"),
     ({"fsd_fraction": 0.0}, r"fsd_fraction must be in \(0, 1\]; got 0.0"),
+    ({"loss_fraction": 0.0}, r"loss_fraction must be in \(0, 1\]; got 0.0"),
     ({"fsd_fraction": 1.5}, r"fsd_fraction must be in \(0, 1\]; got 1.5"),
     ({"fsd_batch": "next"}, "fsd_batch must be 'previous', 'loader' or a DataLoader; got 'next'"),
     ({"fsd_batch": [1]}, r"fsd_batch must be 'previous', 'loader' or a DataLoader; got \[1\]"),

@@ -27,8 +27,8 @@ def batches(n=12, rows=6):
     return [(x[i : i + rows], labels[i : i + rows]) for i in range(0, n * rows, rows)]
 
 
-def by_hand(module, data):
-    """The plain loop of the optimizer's documentation."""
+def by_hand(module, data, rows=None):
+    """The plain loop of the optimizer's documentation, with the objective's loss on the first rows of a batch."""
     (optimizer,) = [module.configure_optimizers()]
     previous = None
     for x, t in data:
@@ -37,10 +37,10 @@ def by_hand(module, data):
         loss.backward()
         if optimizer.meta_step_due and previous is not None:
             objective = ProximalObjective(
-                lambda x=x, t=t: F.cross_entropy(module(x), t),
+                lambda x=x[:rows], t=t[:rows]: F.cross_entropy(module(x), t),
                 lambda previous=previous: module(previous),
                 softmax_kl,
-                loss_at_anchor=loss.detach(),
+                loss_at_anchor=loss.detach() if rows is None else None,
             )
             objective.anchor()
             optimizer.step(look_ahead=objective)
@@ -63,6 +63,16 @@ def plain(**kwargs):
 
 def wide(data):
     return [(x.double(), t) for x, t in data]
+
+
+def test_with_the_loss_on_a_part_of_the_batch():
+    data, module = wide(batches()), plain()
+    expected = by_hand(plain(), data, rows=2)
+    toys.fit(module, toys.as_they_are(*data), APOPreconditioning(loss_fraction=0.3, **WHOLE))
+    for p, q in zip(module.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14)
+    whole = by_hand(plain(), data)
+    assert not any(torch.equal(p, q) for p, q in zip(module.parameters(), whole.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("structure", ["kron", "ekfac", "diag"])
@@ -146,6 +156,8 @@ def test_it_refuses_what_it_cannot_feed():
         APOPreconditioning(optimizers=[])
     with pytest.raises(ValueError, match=r"fsd_fraction must be in \(0, 1\]; got 0"):
         APOPreconditioning(fsd_fraction=0)
+    with pytest.raises(ValueError, match=r"loss_fraction must be in \(0, 1\]; got 1.5"):
+        APOPreconditioning(loss_fraction=1.5)
     for name in ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"):
         kind = getattr(submodule("strategies"), name)
 

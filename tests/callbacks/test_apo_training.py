@@ -83,6 +83,30 @@ def test_a_part_of_the_other_batch_are_its_first_rows():
         assert math.log(new / old) == pytest.approx(-0.05 * h, rel=1e-9)
 
 
+def test_a_part_of_the_own_batch_are_its_first_rows():
+    batches, module = toys.regression_batches(8), toys.Regression()
+    _, seen = toys.fit(module, toys.as_they_are(*batches), APOLearningRate(**{**BY_HAND, "loss_fraction": 0.3}))
+    for t in range(1, 8):
+        old, new = seen.rates[t - 1][0], seen.rates[t][0]
+        moved = (seen.after[t][0] - seen.before[t][0]) * old / new
+        part = tuple(tensor[:4] for tensor in batches[t])
+        h = toys.slope(part, batches[t - 1], seen.before[t][0] + moved, moved)
+        assert math.log(new / old) == pytest.approx(-0.05 * h, rel=1e-9)
+
+
+def test_secant_meta_steps_take_the_loss_on_all_of_the_batch():
+    def rates(**options):
+        data, module = toys.as_they_are(*toys.regression_batches(8)), toys.Regression()
+        callback = APOLearningRate(divergence="squared_error", every_n_steps=1, **options)
+        return toys.fit(module, data, callback)[1].rates
+
+    secant = {"warmup_steps": 0, "meta_optimizer": "secant"}
+    assert rates(loss_fraction=0.3, **secant) == rates(**secant)
+    warm, part = rates(warmup_steps=4), rates(warmup_steps=4, loss_fraction=0.3)
+    assert part[:4] == warm[:4]
+    assert part[-1] != warm[-1]
+
+
 # -- blocks -----------------------------------------------------------------------------------------------------------
 
 
