@@ -111,8 +111,8 @@ def _singd(net: nn.Module, lr: float) -> torch.optim.Optimizer:
     return singd_optimizer(net, lr, damping=0.1)  # at its default the factors overflow before the time is up
 
 
-def _feed(lr: float) -> list[pl.Callback]:
-    return [APOPreconditioning(fsd_fraction=0.25)]
+def _feed(loss_fraction: float) -> Callable[[float], list[pl.Callback]]:
+    return lambda lr: [APOPreconditioning(fsd_fraction=0.25, loss_fraction=loss_fraction)]
 
 
 def _apo(structure: str) -> Make:
@@ -133,9 +133,17 @@ class Method:
 
 
 METHODS = (
-    Method("APO-P kron", _apo("kron"), (0.01, 0.03, 0.1), _feed, ours=True),
-    Method("APO-P ekfac", _apo("ekfac"), (0.01, 0.03, 0.1), _feed, ours=True),
+    Method("APO-P kron", _apo("kron"), (0.01, 0.03, 0.1), _feed(1.0), ours=True),
+    Method("APO-P kron, quarter", _apo("kron"), (0.01, 0.03, 0.1), _feed(0.25), ours=True),
+    Method("APO-P ekfac", _apo("ekfac"), (0.01, 0.03, 0.1), _feed(1.0), ours=True),
     Method("APO-LR on Adam", _adam, (1e-4, 1e-3, 1e-2), lambda lr: [APOLearningRate()], ours=True),
+    Method(
+        "APO-LR on Adam, quarter",
+        _adam,
+        (1e-4, 1e-3, 1e-2),
+        lambda lr: [APOLearningRate(loss_fraction=0.25)],
+        ours=True,
+    ),
     Method("Adam", _adam, (3e-3, 1e-2, 3e-2), package="torch"),
     Method("Prodigy", prodigy_optimizer, (0.05, 0.1, 0.3), package="prodigyopt"),
     Method("schedule-free AdamW", _schedule_free, (0.01, 0.03, 0.05), package="schedulefree"),
@@ -177,7 +185,7 @@ def draw(curves: list[Curve], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(10.0, 5.0), layout="constrained")
-    colours = plt.get_cmap("tab10").colors
+    colours = plt.get_cmap("tab20").colors
     order = {method.name: index for index, method in enumerate(METHODS)}
     for curve in sorted(curves, key=lambda curve: curve.final):
         ours = curve.method.ours

@@ -40,11 +40,15 @@ from _apo_peers import (
     ASDL_KFAC,
     EKFAC,
     EKFAC_HALF,
+    EKFAC_HALF_QUARTER,
+    EKFAC_QUARTER,
     EVERY,
     KFAC_PYTORCH,
     KFAC_PYTORCH_HALF,
     KRON,
     KRON_HALF,
+    KRON_HALF_QUARTER,
+    KRON_QUARTER,
     SINGD_DENSE,
     SINGD_HALF,
     WIDE,
@@ -75,6 +79,7 @@ RESULTS = Path(__file__).parent / "results" / "apo.json"
 PICTURE = Path(__file__).parents[1] / "docs" / "results" / "apo_wallclock.png"
 PLAIN = "the same Adam without the callback"
 SECONDS = 4.0
+SETTINGS = ((100, 1.0), (1000, 1.0), (1000, 0.25))  # batch, and the part of it on which a look-ahead takes the loss
 Rows = list[BenchmarkRow]
 
 
@@ -82,12 +87,15 @@ def adam(net: torch.nn.Module) -> torch.optim.Optimizer:
     return torch.optim.Adam(net.parameters(), lr=1e-4)
 
 
-def rates() -> APOLearningRate:
+def rates(loss_fraction: float = 1.0) -> APOLearningRate:
     """K = 10 from the start: the warm phase, in which every step is followed by a meta-step, is not timed."""
-    return APOLearningRate(every_n_steps=EVERY, warmup_steps=0)
+    return APOLearningRate(every_n_steps=EVERY, warmup_steps=0, loss_fraction=loss_fraction)
 
 
-def rate_turns(batch: int, peer: Callable[[torch.nn.Module], torch.optim.Optimizer], name: str, **row: object):
+def rate_turns(
+    batch: int, fraction: float, peer: Callable[[torch.nn.Module], torch.optim.Optimizer], name: str, **row: object
+):
+    name = name.format(batch if fraction == 1 else f"{batch}, loss on a quarter")
     images = wide_images()
     try:
         peer(autoencoder((2, 1)))
@@ -95,7 +103,7 @@ def rate_turns(batch: int, peer: Callable[[torch.nn.Module], torch.optim.Optimiz
         return absent_row(name, peer_name=row["peer_name"], goal=row["goal"], why=str(error))
     ours, theirs = (LitAutoencoder(autoencoder(WIDE), make) for make in (adam, peer))
     with contextlib.ExitStack() as stack:
-        run_ours = stack.enter_context(fitting(ours, loader(images, batch), rates()))
+        run_ours = stack.enter_context(fitting(ours, loader(images, batch), rates(fraction)))
         run_theirs = stack.enter_context(fitting(theirs, loader(images, batch)))
         timing = paired_ratio(
             lambda: run_ours(EVERY), lambda: run_theirs(EVERY),
@@ -108,20 +116,20 @@ def rate_turns(batch: int, peer: Callable[[torch.nn.Module], torch.optim.Optimiz
 def learning_rate_step() -> Rows:
     return [
         rate_turns(
-            batch, adam, f"APO-LR K=10 on Adam, batch {batch}: ten steps",
+            batch, fraction, adam, "APO-LR K=10 on Adam, batch {}: ten steps",
             peer_name=PLAIN, peer_version=None, goal=1.15,
         )
-        for batch in (100, 1000)
+        for batch, fraction in SETTINGS
     ]  # fmt: skip
 
 
 def learning_rate_prodigy() -> Rows:
     return [
         rate_turns(
-            batch, prodigy_optimizer, f"APO-LR K=10 on Adam, batch {batch}: ten steps against Prodigy",
+            batch, fraction, prodigy_optimizer, "APO-LR K=10 on Adam, batch {}: ten steps against Prodigy",
             peer_name="prodigyopt", peer_version=package_version("prodigyopt"), goal=1.05,
         )
-        for batch in (100, 1000)
+        for batch, fraction in SETTINGS
     ]  # fmt: skip
 
 
@@ -146,20 +154,23 @@ def preconditioner_turns(ours: Preconditioned, peer: Preconditioned, batch: int)
 
 def kron_single() -> Rows:
     """Everything in float32."""
-    return [preconditioner_turns(KRON, peer, batch) for peer in (KFAC_PYTORCH, ASDL_KFAC) for batch in (1000, 100)]
+    rows = [preconditioner_turns(KRON, peer, batch) for peer in (KFAC_PYTORCH, ASDL_KFAC) for batch in (1000, 100)]
+    return rows + [preconditioner_turns(KRON_QUARTER, peer, 1000) for peer in (KFAC_PYTORCH, ASDL_KFAC)]
 
 
 def kron_half() -> Rows:
     """Factors in bfloat16, which ASDL does not have: Cholesky factors cannot be had in it."""
-    return [
-        preconditioner_turns(KRON_HALF, peer, batch) for peer in (KFAC_PYTORCH_HALF, ASDL_KFAC) for batch in (1000, 100)
-    ]
+    peers = (KFAC_PYTORCH_HALF, ASDL_KFAC)
+    rows = [preconditioner_turns(KRON_HALF, peer, batch) for peer in peers for batch in (1000, 100)]
+    return rows + [preconditioner_turns(KRON_HALF_QUARTER, peer, 1000) for peer in peers]
 
 
 def ekfac() -> Rows:
     """In float32, and with the factors of both in bfloat16."""
     pairs = ((EKFAC, SINGD_DENSE), (EKFAC_HALF, SINGD_HALF))
-    return [preconditioner_turns(ours, peer, batch) for ours, peer in pairs for batch in (1000, 100)]
+    rows = [preconditioner_turns(ours, peer, batch) for ours, peer in pairs for batch in (1000, 100)]
+    quarters = ((EKFAC_QUARTER, SINGD_DENSE), (EKFAC_HALF_QUARTER, SINGD_HALF), (EKFAC_HALF_QUARTER, SINGD_DENSE))
+    return rows + [preconditioner_turns(ours, peer, 1000) for ours, peer in quarters]
 
 
 def high_water() -> float:
@@ -256,7 +267,7 @@ def quality() -> Rows:
         tried[method.name] = ", ".join(f"{curve.final:.3f} with lr {curve.lr:g}" for curve in curves)
     draw(list(best.values()), PICTURE)
     rows = []
-    for ours in ("APO-P kron", "APO-LR on Adam"):
+    for ours in ("APO-P kron", "APO-P kron, quarter", "APO-LR on Adam", "APO-LR on Adam, quarter"):
         for peer in (method for method in METHODS if not method.ours):
             name = f"{ours}: loss after {SECONDS:g} CPU seconds against {peer.name}"
             if peer.name in missing:
