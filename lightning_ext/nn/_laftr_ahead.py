@@ -17,6 +17,7 @@ Address = tuple[int, ...]  # of a draw: its stream, and the position in it
 _Watched = tuple[Sequence[str], Sequence[str]]  # a part, by the names that lead to it, and which attributes hold items
 _Place = tuple[int, str, str]  # which of these parts, "_parameters" or "_buffers", the name there
 _Pair = tuple[Tensor, Tensor | None]
+_LEAVES = frozenset({nn.Linear, nn.ReLU, nn.Dropout, nn.Identity})  # none of their attributes makes another chain
 _BESIDE = frozenset(vars(nn.Module())) - {"_forward_hooks", "_forward_pre_hooks", "_modules"}
 
 
@@ -183,7 +184,8 @@ def appearance(module: nn.Module, watched: Sequence[_Watched]) -> tuple[list[nn.
         parts.append(part)
         held = part.__dict__
         look.append(type(part))
-        look += map(id, held.values())
+        look.append(len(held))
+        look += map(id, held.values() if type(part) not in _LEAVES else ())
         for name in holders:
             items = held.get(name)
             if items and len(items) <= 32:
@@ -249,7 +251,7 @@ def _divergences(
         return [partial(_any, old=z, divergence=divergence, heads=heads, weights=weights) for z in old]
     wide = old.to(torch.promote_types(old.dtype, torch.float32))
     log_p = (wide if heads is None else wide[..., heads]).mT.contiguous().log_softmax(1)
-    p = log_p.exp() * weights.to(log_p)
+    p = (log_p.exp() * weights.to(log_p)).flatten(1)
     return [partial(_kl, log_p=a, p=b, heads=heads) for a, b in zip(log_p, p, strict=True)]
 
 
@@ -261,4 +263,4 @@ def _kl(new: Tensor, *, log_p: Tensor, p: Tensor, heads: Heads | None) -> Tensor
     new = new.to(log_p.dtype)
     # classes first: log_softmax along a short last dimension is several times slower
     log_q = (new if heads is None else new[..., heads]).mT.log_softmax(0)
-    return (p * (log_p - log_q)).sum()
+    return torch.dot(p, (log_p - log_q).reshape(-1))
