@@ -66,9 +66,9 @@ class DrawnChain:
             host: the estimator that holds the reference.
             module: the network.
             draw: what is drawn at some addresses, in the type and on the device of the module's parameters.
-            address: whose last number is at least 0.
+            address: of the draw; what stands before the first position of a stream is not drawn ahead.
         """
-        if self._refused:
+        if self._refused or address[-1] < 0:
             return None
         if torch.is_inference_mode_enabled():
             with outside_inference():
@@ -204,9 +204,7 @@ def block_of(position: int, most: int) -> range:
     They depend on nothing else, so that a stream that is entered anywhere gives the same numbers.
     """
     most = 1 << (most.bit_length() - 1)
-    if position < 1:
-        return range(1)
-    size = min(most, 1 << (position.bit_length() - 1))
+    size = min(most, 1 << (position.bit_length() - 1)) if position else 1
     first = position // size * size
     return range(first, first + size)
 

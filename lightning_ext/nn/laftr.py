@@ -166,8 +166,8 @@ class FunctionSpaceEstimator(nn.Module):
         """Let the next distances draw from there, whatever was drawn before.
 
         Args:
-            address: any integers that say which stream; the last one, at least 0, is the position in it, one further
-                with each distance.
+            address: any integers that say which stream; the last one is the position in it, one further with each
+                distance.
         """
         *stream, self._draws = address
         self._stream = tuple(stream)

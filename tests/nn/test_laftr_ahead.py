@@ -213,6 +213,9 @@ def test_a_stream_that_is_entered_anywhere_gives_the_same_numbers(mode):
         fresh = fitted(mode, net, num_samples=20)
         fresh.load_state_dict(estimator.state_dict())
         assert fresh.distance(other).item() == estimator.distance(other).item()
+    estimator.reseed(-1)
+    assert estimator.distance(other).item() not in found.values()
+    assert estimator.distance(other).item() == found[0]
     estimator.reseed(7, 3)
     assert estimator.distance(other).item() != found[3]
     estimator.reseed(8, 3)
