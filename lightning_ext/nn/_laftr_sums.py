@@ -21,7 +21,7 @@ class Gathered:
     """
 
     def __init__(
-        self, take: Callable[[Tensor, Tensor | None], None], most_bytes: int = 2**22, most_rows: int = 1024
+        self, take: Callable[[Tensor, Tensor | None], None], most_bytes: int = 2**22, most_rows: int = 4096
     ) -> None:
         self._take, self._most_bytes, self._most_rows = take, most_bytes, most_rows
         self.row_bytes = 0
