@@ -145,7 +145,8 @@ class InputStatistics:
             total = self.state[f"gate.{i}"]
             positions = [dim for dim in range(1, gate.ndim) if total.shape[dim] == 1 and gate.shape[dim] > 1]
             gate = gate.to(torch.promote_types(gate.dtype, torch.float32))  # which counts exactly
-            sums = (members.mT.to(gate) @ gate.flatten(1)).view(-1, *gate.shape[1:]).to(total)
+            with torch.autocast(gate.device.type, enabled=False):
+                sums = (members.mT.to(gate) @ gate.flatten(1)).view(-1, *gate.shape[1:]).to(total)
             total += sums.mean(positions, keepdim=True) if positions else sums
         return self
 
@@ -389,7 +390,8 @@ class InputModel:
         found = []
         for gate, units in zip(self.gates, self.units, strict=True):
             mean = gate[group].expand(-1, *units)
-            drawn = (mean - _drawn("uniform_", mean.shape, mean, generator)).relu_().sign_()  # bernoulli is slower
+            wide = mean.to(torch.promote_types(mean.dtype, torch.float32))  # rates below a half type's steps
+            drawn = (wide - _drawn("uniform_", wide.shape, wide, generator)).relu_().sign_().to(mean.dtype)
             found.append(drawn if isinstance(generator, Sequence) else drawn[0])
         return found
 

@@ -18,7 +18,10 @@ _Watched = tuple[Sequence[str], Sequence[str]]  # a part, by the names that lead
 _Place = tuple[int, str, str]  # which of these parts, "_parameters" or "_buffers", the name there
 _Pair = tuple[Tensor, Tensor | None]
 _LEAVES = frozenset({nn.Linear, nn.ReLU, nn.Dropout, nn.Identity})  # none of their attributes makes another chain
-_BESIDE = frozenset(vars(nn.Module())) - {"_forward_hooks", "_forward_pre_hooks", "_modules"}
+_PLAIN = frozenset({bool, int, float, str, type(None)})
+_BESIDE = frozenset(vars(nn.Module())) - {
+    "_backward_hooks", "_backward_pre_hooks", "_forward_hooks", "_forward_pre_hooks", "_modules", "_parameters",
+}  # fmt: skip
 
 
 class Rows(NamedTuple):
@@ -50,7 +53,10 @@ class DrawnChain:
 
     def __init__(self) -> None:
         self._watched: list[_Watched] = [((), ())]
-        self._look: list[object] = []
+        self._look: list[object] | None = None
+        self._settings: tuple[object, ...] = ()
+        self._held: object = None
+        self._layers: list[tuple[str, str | None]] = []
         self._places: list[tuple[_Place, _Place | None]] = []
         self._reference: list[_Pair] = []
         self._block: _Block | None = None
@@ -68,18 +74,21 @@ class DrawnChain:
             draw: what is drawn at some addresses, in the type and on the device of the module's parameters.
             address: of the draw; what stands before the first position of a stream is not drawn ahead.
         """
-        if self._refused or address[-1] < 0:
-            return None
+        if self._refused or address[-1] < 0 or torch._C._functorch.peek_interpreter_stack() is not None:
+            return None  # what is worked out within a transform is no good outside of it
         if torch.is_inference_mode_enabled():
             with outside_inference():
                 return self.distance(host, module, draw, address)
+        settings = (host.divergence, host.num_samples, host.seed, repr(host.heads))
+        if self._held is not host._reference or self._settings != settings:
+            self._held, self._settings, self._block = host._reference, settings, None
         parts, look = appearance(module, self._watched)
         block = self._block
         known = block is not None and address in block.places and look == self._look
         pairs = self._current(parts) if known else None
         if pairs is None:
-            self._look = []
-            self._refused = not self._prepare(host, module, draw, address)
+            changed, self._look = look != self._look, None
+            self._refused = not self._prepare(host, module, draw, address, changed=changed)
             if self._refused:
                 return None
             parts, self._look = appearance(module, self._watched)
@@ -106,21 +115,24 @@ class DrawnChain:
         return pairs
 
     @torch.no_grad()
-    def _prepare(self, host: Any, module: nn.Module, draw: Draw, address: Address) -> bool:
+    def _prepare(self, host: Any, module: nn.Module, draw: Draw, address: Address, *, changed: bool) -> bool:
         """Find the chain, and run the reference where it was not run; whether this can be done."""
         with host._quiet(module):
             host._require_same(module)
             rows = draw(module, [address])
-            layers, called = _layers(host, module, rows.x[0, :2])
-            if len(layers) < 2:
+            x, values = rows.x[0, :8], host.reference_values(module)
+            layers, called = _layers(host, module, x)
+            if len(layers) < 2 or any(name is not None and name not in values for names in layers for name in names):
+                return False
+            if (changed or layers != self._layers) and not _behaves(host, module, layers, x):
                 return False
             self._find(module, called, [[host.values_of(module)[name] for name in names if name] for names in layers])
-            values = host.reference_values(module)
             reference = [(values[weight], None if bias is None else values[bias]) for weight, bias in layers]
             if any(weight.dtype != rows.x.dtype for weight, _ in reference):
                 return False
-            block, before, self._reference = self._block, self._reference, reference
-            if not _same(before, reference) or block is None or address not in block.places:
+            block, same = self._block, self._layers == layers and self._reference[0][0].dtype == rows.x.dtype
+            if not same or block is None or address not in block.places:
+                self._block, self._layers, self._reference = None, layers, reference
                 width = sum(weight.shape[0] + weight.shape[1] for weight, _ in reference)
                 most = MOST_BYTES // (rows.x.element_size() * rows.x.shape[1] * width)
                 if most < 2:  # then it is the products that take the time
@@ -133,17 +145,23 @@ class DrawnChain:
         """Where the weights and biases are, and which parts took part."""
         places: dict[int, _Place] = {}
         wanted = {id(tensor) for layer in layers for tensor in layer}
-        self._watched = []
-        for name, part in module.named_modules():
+        held_by: dict[str, dict[int, tuple[str, str]]] = {}
+        parts = dict(module.named_modules())
+        for name, part in parts.items():
             held = {
-                id(tensor): (len(self._watched), kind, key)
+                id(tensor): (kind, key)
                 for kind in ("_parameters", "_buffers")
                 for key, tensor in getattr(part, kind).items()
                 if id(tensor) in wanted
             }
-            if part is module or held or id(part) in called:
-                self._watched.append((name.split(".") if name else (), holders_of(part)))
-                places = held | places
+            if not name or held or id(part) in called or type(part) in (nn.ModuleList, nn.ModuleDict):
+                held_by[name] = held
+                for end in (place for place, letter in enumerate(name) if letter == "."):
+                    held_by.setdefault(name[:end], {})  # what holds it may hold other parts tomorrow
+        self._watched = []
+        for number, (name, held) in enumerate(held_by.items()):
+            self._watched.append((name.split(".") if name else (), holders_of(parts[name])))
+            places = {tensor: (number, *where) for tensor, where in held.items()} | places
         found = [[places[id(tensor)] for tensor in layer] for layer in layers]
         self._places = [(layer[0], layer[1] if len(layer) > 1 else None) for layer in found]
 
@@ -185,12 +203,22 @@ def appearance(module: nn.Module, watched: Sequence[_Watched]) -> tuple[list[nn.
         held = part.__dict__
         look.append(type(part))
         look.append(len(held))
-        look += map(id, held.values() if type(part) not in _LEAVES else ())
+        if type(part) not in _LEAVES or "forward" in held:
+            look += map(_mark, held.values())
         for name in holders:
             items = held.get(name)
             if items and len(items) <= 32:
-                look += map(id, items.values() if isinstance(items, dict) else items)
+                if isinstance(items, dict):
+                    look += items
+                    items = items.values()
+                look += map(_mark, items)
     return parts, look
+
+
+def _mark(value: object) -> object:
+    """What tells it from another: ids of numbers are used again, and tensors come and go with the steps."""
+    kind = type(value)
+    return value if kind in _PLAIN else 0 if kind is Tensor else id(value)
 
 
 def holders_of(part: nn.Module) -> list[str]:
@@ -217,12 +245,38 @@ def _layers(host: Any, module: nn.Module, x: Tensor) -> tuple[list[tuple[str, st
         outputs: Tensor = host.run(module, values, x)
         return outputs
 
-    with contextlib.ExitStack() as stack:
+    # what is wrong with it is said where it is run in earnest
+    with contextlib.suppress(Exception), contextlib.ExitStack() as stack:
         for part in module.modules():
             stack.callback(part.register_forward_pre_hook(lambda part, _: called.add(id(part))).remove)
-        with contextlib.suppress(Exception):  # what is wrong with it is said where it is run in earnest
-            return sequential_layers(run, host.values_of(module), x), called
+        return sequential_layers(run, host.values_of(module), x), called
     return [], called
+
+
+def _behaves(host: Any, module: nn.Module, layers: Sequence[tuple[str, str | None]], x: Tensor) -> bool:
+    """Whether the module's outputs and gradients are those of its chain: a forward may cut gradients off."""
+    now = host.values_of(module)
+    values = {
+        name: now[name].detach().clone().requires_grad_() for names in layers for name in names if name is not None
+    }
+    pairs = [(values[weight], None if bias is None else values[bias]) for weight, bias in layers]
+    with contextlib.suppress(Exception), torch.enable_grad():
+        outputs, h = host.run(module, values, x), x.flatten(1)
+        for weight, bias in pairs[:-1]:
+            h = F.linear(h, weight, bias).relu()
+        expected = F.linear(h, *pairs[-1])
+        if outputs.shape != expected.shape:
+            return False
+        cotangent = torch.linspace(-1, 2, outputs.numel(), dtype=x.dtype, device=x.device).view_as(outputs)
+        inputs = list(values.values())
+        found = [outputs, *torch.autograd.grad(outputs, inputs, cotangent, allow_unused=True)]
+        wanted = [expected, *torch.autograd.grad(expected, inputs, cotangent)]
+        rounding = 1e3 * torch.finfo(x.dtype).eps
+        return all(
+            a is not None and bool(torch.linalg.vector_norm(a - b) <= rounding * torch.linalg.vector_norm(b))
+            for a, b in zip(found, wanted, strict=True)
+        )
+    return False
 
 
 def _cut(parts: Sequence[nn.Module], place: _Place, kept: Tensor) -> Tensor | None:
@@ -233,12 +287,6 @@ def _cut(parts: Sequence[nn.Module], place: _Place, kept: Tensor) -> Tensor | No
     if now.shape == kept.shape:
         return now
     return now[: len(kept)] if grown(kept.shape, now.shape) else None
-
-
-def _same(first: Sequence[_Pair], second: Sequence[_Pair]) -> bool:
-    return len(first) == len(second) and all(
-        a is b for pairs in zip(first, second, strict=True) for a, b in zip(*pairs, strict=True)
-    )
 
 
 def _divergences(

@@ -193,7 +193,7 @@ class LAFTREstimator(FunctionSpaceEstimator):
                 statistics = self._zeros(x, outputs, sites)
                 self._facts["outputs"] = outputs.shape[-1]
                 gathered.row_bytes = sum(math.prod(unit) for unit in statistics.units) * x.element_size()
-            gathered.add(x, self._groups(batch, len(x)))
+            gathered.add(_tensor(x), self._groups(batch, len(x)))
         gathered.flush()
         return statistics, hessians
 
@@ -203,11 +203,7 @@ class LAFTREstimator(FunctionSpaceEstimator):
         return outputs, tape.sites
 
     def _zeros(self, x: Tensor, outputs: Tensor, sites: Sequence[ActivationSite]) -> InputStatistics:
-        if not isinstance(x, Tensor):
-            raise ValueError(
-                f"inputs must be a tensor to have a mean and a covariance; got {type(x).__name__}. Say with inputs= "
-                "what the network's input is in a batch, and with forward= how it is called on it."
-            )
+        x = _tensor(x)
         if any(site.gate is None and site.slope is not None for site in sites) and self.mode != "relu":
             name = next(site.name for site in sites if site.gate is None and site.slope is not None)
             raise NotImplementedError(
@@ -423,3 +419,12 @@ class LAFTREstimator(FunctionSpaceEstimator):
             covariance=model.factors.square().to(like) if diagonal else None,
             metric=self._metric(like), heads=self.heads,
         )  # fmt: skip
+
+
+def _tensor(x: Any) -> Tensor:
+    if not isinstance(x, Tensor):
+        raise ValueError(
+            f"inputs must be a tensor to have a mean and a covariance; got {type(x).__name__}. Say with inputs= "
+            "what the network's input is in a batch, and with forward= how it is called on it."
+        )
+    return x

@@ -188,6 +188,14 @@ def test_every_group_is_drawn_with_its_weight(num):
         assert weights[group == c].sum().item() == pytest.approx(share, rel=1e-6)
 
 
+def test_gates_of_half_precision_have_the_rates_asked_for():
+    rates = torch.tensor([[0.0005, 0.002, 0.3]])
+    model = InputModel(torch.ones(1), torch.zeros(1, 1), torch.zeros(1, 1, 1), (rates.bfloat16(),), ((3,),))
+    (drawn,) = model.draw_gates(torch.zeros(400_000, dtype=torch.long), torch.Generator().manual_seed(0))
+    assert drawn.dtype == torch.bfloat16
+    torch.testing.assert_close(drawn.double().mean(0), rates[0].bfloat16().double(), rtol=0.2, atol=0)
+
+
 def test_a_generator_makes_draws_repeatable():
     x, group, net = data()
     model = collect([(x, group)], net, sites(net, x[:1])).finalise()
