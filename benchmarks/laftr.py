@@ -141,7 +141,7 @@ def penalty() -> Rows:
     for name, distance in ours.items():
         for peer, (theirs, kind) in peers.items():
             drawn = not name.startswith("laftr-moments")
-            timing = paired(gradient(distance, model), gradient(theirs, model), calls=TURN, repeats=21)
+            timing = paired(gradient(distance, model), gradient(theirs, model), calls=TURN, repeats=11)
             why = f"{milliseconds(timing)}; {sizes[name]:.3f} nats on average, the true distance is {truth:.3f}"
             rows.append(
                 timed_row(
@@ -161,7 +161,7 @@ def width() -> Rows:
         ours = fitted("laftr-relu", network, num_samples=DRAWN, class_conditional=False)
         timing = paired(
             gradient(ours.distance, model), gradient(plain_exact(network), model),
-            calls=TURN, repeats=15 if units < 512 else 5,
+            calls=TURN, repeats=11 if units < 512 else 5,
         )  # fmt: skip
         rows.append(
             timed_row(
@@ -243,7 +243,7 @@ def steps() -> Rows:
     rows = []
     for name, ours in learners().items():
         for rival, theirs in rivals.items():
-            timing = paired(after_a_task(ours()), after_a_task(theirs()), calls=TURN, repeats=15)
+            timing = paired(after_a_task(ours()), after_a_task(theirs()), calls=TURN, repeats=9)
             rows.append(
                 timed_row(
                     f"regularised step: {name} against {rival}", timing, peer_name=f"{rival}, written here",
@@ -272,14 +272,14 @@ def avalanche_steps() -> Rows:
     rows = []
     for name, (estimator, options) in ours.items():
         mine = after_a_task(Penalized(estimator, 10.0, **options))
-        timing = paired(mine, endless(tasks()[1].train, peer, model), calls=TURN, repeats=15)
+        timing = paired(mine, endless(tasks()[1].train, peer, model), calls=TURN, repeats=9)
         row = {"peer_name": package, "peer_version": version, "goal": 1.0}
         rows.append(timed_row(names["plain"].format(name), timing, why=milliseconds(timing), **row))
     for name, (estimator, options) in ours.items():
         peer = avalanche_ewc(model := mlp(), adam(model), tasks()[:1], tasks()[1], 1.0)
         mine, loader = LitDigits(trained()), DataLoader(TensorDataset(*tasks()[1].train), BATCH, shuffle=True)
         with fitting(mine, loader, remembering(estimator, mine, **options)) as run, peer.running() as theirs:
-            timing = paired(partial(run, 1), partial(theirs, 1), calls=TURN, repeats=15)
+            timing = paired(partial(run, 1), partial(theirs, 1), calls=TURN, repeats=9)
         why = f"{milliseconds(timing)}, the frameworks' loops included"
         rows.append(timed_row(names["framework"].format(name), timing, why=why, **row))
     return rows
@@ -333,7 +333,7 @@ def overhead() -> Rows:
         with contextlib.ExitStack() as stack:
             ours = stack.enter_context(fitting(mine, loader, remembering("laftr", mine, **options)))
             theirs = stack.enter_context(fitting(plain, loader))
-            timing = paired(partial(ours, TURN), partial(theirs, TURN), calls=1, repeats=15)
+            timing = paired(partial(ours, TURN), partial(theirs, TURN), calls=1, repeats=11)
         rows.append(
             timed_row(
                 f"{TURN} training steps in a Trainer with FunctionSpaceRegularizer: {name}", timing,
@@ -357,7 +357,7 @@ def growth() -> Rows:
             callback = remembering("laftr-relu", module, past, consolidate, num_samples=DRAWN)
             module.net.load_state_dict(moved(trained()).state_dict())
             calls[past], held[past] = gradient(callback.penalty, module), callback.stats_bytes
-        found = {past: paired(calls[past], calls[1], calls=TURN, repeats=11) for past in (2, 4, 8)}
+        found = {past: paired(calls[past], calls[1], calls=TURN, repeats=7) for past in (2, 4, 8)}
         why = ", ".join(f"{past} tasks {timing.ratio:.2f}" for past, timing in found.items())
         exponent = math.log(found[8].ratio) / math.log(8)
         peer = {"peer_name": "one past task", "peer_version": None}

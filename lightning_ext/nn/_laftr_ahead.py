@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_ext.functional import output_divergence, sequential_layers
 from lightning_ext.nn._laftr_network import Heads, grown, outside_inference
 
-MOST_DRAWS, MOST_BYTES = 64, 2**22
+MOST_DRAWS, MOST_BYTES = 128, 2**23
 Address = tuple[int, ...]  # of a draw: its stream, and the position in it
 _Watched = tuple[Sequence[str], Sequence[str]]  # a part, by the names that lead to it, and which attributes hold items
 _Place = tuple[int, str, str]  # which of these parts, "_parameters" or "_buffers", the name there
