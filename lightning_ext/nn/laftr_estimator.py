@@ -91,8 +91,8 @@ class LAFTREstimator(FunctionSpaceEstimator):
         :func:`~lightning_ext.functional.mean_gate_distance`. Kept: one copy of parameters and buffers, and
         in the parameters' precision :math:`G d (d + 3) / 2` numbers for full covariances and one for each unit and
         class. Where inputs are drawn and the network is a chain of linear layers and ReLU, its Python is not run for
-        every distance: the reference is taken for up to 128 draws at once, in at most 8 MiB, and the chain is looked for
-        anew with them, and whenever an attribute, a part or a hook of the module is another one.
+        every distance: the reference is taken for up to 128 draws at once, in at most 8 MiB, and the chain is looked
+        for anew with them, and whenever an attribute, a part or a hook of the module is another one.
     """
 
     def __init__(
