@@ -361,6 +361,50 @@ def test_a_change_of_the_network_counts_at_once(change):
     assert found[0] == pytest.approx(found[1], rel=rounding)
 
 
+def test_numbers_and_hooks_at_an_address_that_was_used_before():
+    class Levelled(nn.Sequential):
+        level = 0.5
+
+        def forward(self, x):
+            out = super().forward(x)
+            return out.tanh() if self.level > 3 else out
+
+    net = Levelled(*network())
+    estimator, other = fitted("laftr", net), moved(net)
+    other.level = other.level + 1.5
+    values(estimator, other, 5)
+    other.level = other.level + 1.5
+    other.level = other.level + 1.5  # takes the place of the first
+    assert_as_run(estimator, other, rtol=1e-10, atol=1e-13)
+
+    estimator, other = fitted("laftr", net), moved(net)
+    hook = other.register_forward_hook(lambda _, args, out: out)
+    values(estimator, other, 5)
+    hook.remove()
+    del hook
+    other.register_forward_hook(lambda _, args, out: 3 * out)
+    assert_as_run(estimator, other, rtol=1e-10, atol=1e-13)
+
+
+def test_weights_that_are_tied_no_longer():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.a, self.b, self.last = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+            self.b.weight = self.a.weight
+
+        def forward(self, x):
+            return self.last(self.b(self.a(self.first(x).relu()).relu()).relu())
+
+    net = Tied().double()
+    estimator, other = fitted("laftr", net), moved(net)
+    values(estimator, other, 5)
+    other.b.weight = nn.Parameter(2 * other.a.weight.detach())
+    slow = run_by_itself(estimator)
+    assert estimator.distance(other).item() == pytest.approx(slow.distance(other).item(), rel=1e-10)
+
+
 def test_a_network_that_counts_its_calls_is_followed():
     class Counting(nn.Sequential):
         calls = 0
