@@ -21,9 +21,11 @@ from lightning_ext.functional.apo import (
     trust_region_weight,
 )
 from lightning_ext.functional.apo_preconditioner import (
+    KroneckerStep,
     MetaStep,
     PreconditionerGradients,
     apply_preconditioner,
+    kronecker_meta_step,
     multiplicative_meta_step,
     preconditioner_gradients,
     rotate_gradient,
@@ -222,6 +224,7 @@ __all__ = [
     "KroneckerCurvature",
     "KroneckerLayer",
     "KroneckerStatistics",
+    "KroneckerStep",
     "LayerFactors",
     "LayerGradients",
     "LayerProducts",
@@ -327,6 +330,7 @@ __all__ = [
     "keep_largest",
     "kl_weight",
     "kronecker_curvature",
+    "kronecker_meta_step",
     "lanczos",
     "learning_accuracy",
     "leave_one_out_upper",

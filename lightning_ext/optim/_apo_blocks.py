@@ -1,13 +1,19 @@
 """One block of an APO preconditioner: the parameters it covers, its factors, and what a step does with them."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_ext.functional.apo_preconditioner import (
+    KroneckerStep,
+    MetaStep,
     apply_preconditioner,
+    kronecker_meta_step,
     multiplicative_meta_step,
+    multiply_left,
+    multiply_right,
     preconditioner_gradients,
     rotate_gradient,
 )
@@ -37,68 +43,71 @@ def _dense_gradient(p: Tensor) -> Tensor:
     return p.grad
 
 
+Factors = tuple[Tensor | None, Tensor | None, Tensor]
+
+
 class Prepared:
-    r"""The factors of a block made ready for many steps, while they stay what they are.
+    """What a block multiplies gradients with, in the dtype of the products, kept while the factors stay the same."""
 
-    They are brought to the dtype of the products, and those of a Kronecker block are multiplied out,
-    :math:`s^2 BB^\top` and :math:`AA^\top`. For a side of d that costs :math:`d^3` per meta-step and saves
-    :math:`d^2 \cdot \text{other}` per step, so a side much wider than the other one is left as it is.
-    """
-
-    def __init__(
-        self, factors: tuple[Tensor | None, Tensor | None, Tensor], dtype: torch.dtype, every_n_steps: int
-    ) -> None:
+    def __init__(self, factors: Factors, dtype: torch.dtype) -> None:
         self._factors = factors
         self._versions = _versions(factors)
-        (A, B), S = _in_dtype(factors[:2], dtype), factors[2]
-        self._working = (A, B, S)
-        self._left: tuple[Tensor, ...] = ()
-        self._right: tuple[Tensor, ...] = ()
-        self._scale = S.square()
-        if S.ndim == 0 and factors[0] is not None and factors[1] is not None:
-            (A, size_a), (B, size_b) = _normalised(factors[0], dtype), _normalised(factors[1], dtype)
-            self._scale = self._scale * (size_a * size_b).square()
-            self._right = self._side(A, len(B), every_n_steps)
-            self._left = self._side(B, len(A), every_n_steps)
-            if dtype not in _HALF:  # one product less per step; in 16 bits the scale waits for the result
-                self._left = ((self._left[0] * self._scale).to(dtype), *self._left[1:])
-                self._scale = torch.ones_like(self._scale)
+        self._sides = _in_dtype(factors[:2], dtype)
 
-    @staticmethod
-    def _side(factor: Tensor, other: int, every_n_steps: int) -> tuple[Tensor, ...]:
-        if factor.ndim == 1:
-            return (factor.square(),)
-        return (factor, factor.mT) if len(factor) > every_n_steps * other else (factor @ factor.mT,)
-
-    def made_from(self, factors: tuple[Tensor | None, Tensor | None, Tensor]) -> bool:
+    def made_from(self, factors: Factors) -> bool:
         """Whether these factors, with the values they have now, are the ones that were prepared."""
         same = all(old is new for old, new in zip(self._factors, factors, strict=True))
         return same and self._versions == _versions(factors)
 
-    def __call__(self, gradient: Tensor) -> Tensor:
-        """Precondition a gradient matrix."""
-        if not self._left:
-            return apply_preconditioner(gradient, *self._working)
-        for factor in self._right:
-            gradient = gradient @ factor if factor.ndim == 2 else gradient * factor
-        for factor in reversed(self._left):
-            gradient = factor @ gradient if factor.ndim == 2 else factor[:, None] * gradient
-        return (gradient * self._scale).to(gradient.dtype) if gradient.dtype in _HALF else gradient
+    def __call__(self, gradient: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Precondition a gradient matrix; with it, what a meta-step need not calculate again."""
+        A, B = self._sides
+        rotated = rotate_gradient(gradient, A, B)
+        return apply_preconditioner(gradient, A, B, self._factors[2], rotated=rotated), (rotated,)
 
 
-def _normalised(factor: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """In 16 bits a factor of the size of the identity, and what it was divided by: the two may drift apart."""
-    size = torch.linalg.vector_norm(factor) / len(factor) ** 0.5
-    if dtype not in _HALF:
-        return factor.to(dtype), torch.ones_like(size)
-    return (factor / size).to(dtype), size
+class PreparedKronecker(Prepared):
+    """The two sides of a Kronecker block; in 16 bits each is divided by its size, for they may drift apart."""
+
+    def __init__(self, factors: Factors, dtype: torch.dtype) -> None:
+        sides: Sequence[Tensor | None] = factors[:2]
+        scale = factors[2].square()
+        self.sizes: list[Tensor] = []
+        if dtype in _HALF:
+            self.sizes = [torch.linalg.vector_norm(side) / len(side) ** 0.5 for side in sides if side is not None]
+            scale = scale * self.sizes[0] * self.sizes[1]
+            sides = [side / size for side, size in zip(sides, self.sizes, strict=True) if side is not None]
+        super().__init__(factors, dtype)
+        self._sides, self._scale = _in_dtype(sides, dtype), scale
+
+    def __call__(self, gradient: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Precondition a gradient matrix; with it, the two products as they are without the scale."""
+        across, along = self._sides
+        left = multiply_left(along, gradient)
+        both = multiply_right(left, across)
+        return (both * self._scale).to(both.dtype), (left, both)
+
+
+def _of_unit_size(
+    first: tuple[Tensor, ...], second: tuple[Tensor, ...]
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], float | Tensor]:
+    """In 16 bits products of two gradients underflow: divide each group by the norm of its first, and return both's."""
+    if first[0].dtype not in _HALF:
+        return first, second, 1.0
+    norms = [torch.linalg.vector_norm(group[0], dtype=torch.float32) for group in (first, second)]
+    tiny = torch.finfo(torch.float32).tiny
+    scaled = [
+        tuple((x / norm.clamp_min(tiny)).to(x.dtype) for x in group)
+        for group, norm in zip((first, second), norms, strict=True)
+    ]
+    return scaled[0], scaled[1], norms[0] * norms[1]
 
 
 def _versions(factors: tuple[Tensor | None, ...]) -> tuple[int, ...]:
     return tuple(-1 if factor is None else factor._version for factor in factors)
 
 
-def _in_dtype(factors: tuple[Tensor | None, ...], dtype: torch.dtype) -> list[Tensor | None]:
+def _in_dtype(factors: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
     return [None if factor is None else factor.to(dtype) for factor in factors]
 
 
@@ -119,19 +128,23 @@ class Block:
         self.weight, self.bias, self.structure, self.group, self.state = weight, bias, structure, group, state
         self.params = [p for p in (weight, bias) if p is not None and has_gradient(p)]
         self.gradients = [_dense_gradient(p) for p in self.params]
-        self._rotated: Tensor | None = None
+        self._squared = structure == "kron" and group["meta_update"] == "multiplicative"
+        self._kept: tuple[Tensor, ...] = ()
         if "S" not in state:
             state.update(self._identity())
 
     @staticmethod
-    def factor_shapes(weight: Tensor, bias: Tensor | None, structure: str, max_dim: int) -> dict[str, tuple[int, ...]]:
+    def factor_shapes(
+        weight: Tensor, bias: Tensor | None, structure: str, group: dict[str, Any]
+    ) -> dict[str, tuple[int, ...]]:
         """Shapes of the factors of a parameter."""
         if structure == "diag":
             return {"S": tuple(weight.shape)}
         out, rest = len(weight), weight[0].numel() + (bias is not None)
         shapes: dict[str, tuple[int, ...]] = {"S": () if structure == "kron" else (out, rest)}
-        for name, width in (("A", rest), ("B", out)):
-            if width <= max_dim:
+        squared = structure == "kron" and group["meta_update"] == "multiplicative"
+        for name, width in (("AA" if squared else "A", rest), ("BB" if squared else "B", out)):
+            if width <= group["max_dim"]:
                 shapes[name] = (width, width)
             elif structure == "kron":  # a scale of shape (out, in) holds any diagonal factor already
                 shapes[name] = (width,)
@@ -140,7 +153,7 @@ class Block:
     def _identity(self) -> dict[str, Any]:
         options: dict[str, Any] = {"dtype": at_least_single(self._dtype), "device": self.weight.device}
         state: dict[str, Any] = {}
-        shapes = self.factor_shapes(self.weight, self.bias, self.structure, self.group["max_dim"])
+        shapes = self.factor_shapes(self.weight, self.bias, self.structure, self.group)
         for name, shape in shapes.items():
             square = name != "S" and len(shape) == 2
             state[name] = torch.eye(shape[0], **options) if square else torch.ones(shape, **options)
@@ -149,8 +162,9 @@ class Block:
         return state
 
     @property
-    def _factors(self) -> tuple[Tensor | None, Tensor | None, Tensor]:
-        return self.state.get("A"), self.state.get("B"), self.state["S"]
+    def _factors(self) -> Factors:
+        names = ("AA", "BB") if self._squared else ("A", "B")
+        return self.state.get(names[0]), self.state.get(names[1]), self.state["S"]
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -180,46 +194,64 @@ class Block:
         # 16-bit numbers are added with another rounding where they are strided.
         return [part.contiguous() for part in parts] if matrix.dtype in _HALF else parts
 
-    def precondition(self, values: list[Tensor], cache: dict[Tensor, Prepared]) -> list[Tensor]:
-        """Apply the preconditioner to one value per live parameter."""
-        if self.weight not in cache or not cache[self.weight].made_from(self._factors):
-            cache[self.weight] = Prepared(self._factors, self._dtype, self.group["every_n_steps"])
-        return self._parts(cache[self.weight](self._matrix(values)))
+    def precondition(self, values: list[Tensor], cache: dict[Tensor, Prepared], *, keep: bool = False) -> list[Tensor]:
+        """Apply the preconditioner to one value per live parameter; ``keep`` the products for the meta-step."""
+        matrix = self._matrix(values)
+        result, products = self._prepared(cache)(matrix)
+        self._kept = (matrix, *products) if keep else ()
+        return self._parts(result)
 
-    def look_ahead(self, values: list[Tensor]) -> list[Tensor]:
-        """Apply the preconditioner, and keep the rotated gradient for the meta-step."""
-        A, B = _in_dtype(self._factors[:2], self._dtype)
-        gradient = self._matrix(values)
-        self._rotated = rotate_gradient(gradient, A, B)
-        return self._parts(apply_preconditioner(gradient, A, B, self.state["S"], rotated=self._rotated))
+    def _prepared(self, cache: dict[Tensor, Prepared]) -> Prepared:
+        if self.weight not in cache or not cache[self.weight].made_from(self._factors):
+            kind: type[Prepared] = PreparedKronecker if self._squared else Prepared
+            cache[self.weight] = kind(self._factors, self._dtype)
+        return cache[self.weight]
 
     def shrink(self) -> None:
         """Halve the preconditioner."""
-        self._rotated = None
+        self._kept = ()
         if self.group["meta_lr"] > 0:
             self.state["S"].mul_(_SHRINKAGE)
 
-    def meta_step(self, values: list[Tensor], cotangents: list[Tensor]) -> None:
+    def meta_step(self, cotangents: list[Tensor], cache: dict[Tensor, Prepared]) -> None:
         """Update the factors by the gradient of the objective at the look-ahead point."""
-        rotated, self._rotated = self._rotated, None
+        (gradient, *products), self._kept = self._kept, ()
         if self.group["meta_lr"] == 0:
             return
+        cotangent = self._matrix(cotangents)
         if self.group["meta_update"] == "adam":
-            self._adam_step(self._matrix(values), self._matrix(cotangents))
-        elif rotated is not None:
-            self._multiplicative_step(rotated, self._matrix(cotangents))
+            self._adam_step(gradient, cotangent)
+            return
+        step: MetaStep | KroneckerStep
+        if self._squared:
+            step = self._kronecker_step(gradient, cotangent, products, self._prepared(cache))
+        else:
+            step = self._multiplicative_step(products[0], cotangent)
+        self.state.update({name: value for name, value in step._asdict().items() if value is not None})
 
-    def _multiplicative_step(self, M: Tensor, cotangent: Tensor) -> None:
+    def _multiplicative_step(self, M: Tensor, cotangent: Tensor) -> MetaStep:
         A, B, S = self._factors
         N = rotate_gradient(cotangent, *_in_dtype((A, B), cotangent.dtype))
-        magnitude: float | Tensor = 1.0
-        if M.dtype in _HALF:  # products of two gradients underflow
-            size_m, size_n = (torch.linalg.vector_norm(x, dtype=torch.float32) for x in (M, N))
-            tiny = torch.finfo(torch.float32).tiny
-            M, N = ((x / size.clamp_min(tiny)).to(x.dtype) for x, size in ((M, size_m), (N, size_n)))
-            magnitude = size_m * size_n
-        step = multiplicative_meta_step(M, N, A, B, S, self.state["norms"], self.group["meta_lr"], magnitude=magnitude)
-        self.state.update({name: value for name, value in step._asdict().items() if value is not None})
+        (M,), (N,), magnitude = _of_unit_size((M,), (N,))
+        return multiplicative_meta_step(
+            M, N, A, B, S, self.state["norms"], self.group["meta_lr"], magnitude=magnitude
+        )  # fmt: skip
+
+    def _kronecker_step(
+        self, gradient: Tensor, cotangent: Tensor, products: list[Tensor], prepared: Prepared
+    ) -> KroneckerStep:
+        assert isinstance(prepared, PreparedKronecker)
+        AA, BB, S = self._factors
+        assert AA is not None
+        assert BB is not None
+        (gradient, left, both), (cotangent,), magnitude = _of_unit_size((gradient, *products), (cotangent,))
+        if sizes := prepared.sizes:
+            AA, BB, magnitude = AA / sizes[0], BB / sizes[1], magnitude * sizes[0] * sizes[1]
+        step = kronecker_meta_step(
+            gradient, cotangent, AA, BB, S, self.state["norms"], self.group["meta_lr"],
+            products=(left, both), magnitude=magnitude,
+        )  # fmt: skip
+        return step._replace(AA=step.AA * sizes[0], BB=step.BB * sizes[1]) if sizes else step
 
     def _adam_step(self, gradient: Tensor, cotangent: Tensor) -> None:
         wide = at_least_single(gradient.dtype)

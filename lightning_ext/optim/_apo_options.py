@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-_SHARED = ("lam_f", "lam_w", "every_n_steps")
+_SHARED = ("lam_f", "lam_w", "every_n_steps", "apply")
 _AT_LEAST = {
     "lam_f": 0,
     "lam_w": 0,
@@ -17,6 +17,7 @@ _WHOLE = ("every_n_steps", "max_dim")
 _CHOICES: dict[str, tuple[str | None, ...]] = {
     "structure": ("kron", "ekfac", "diag"),
     "meta_update": ("multiplicative", "adam"),
+    "apply": ("before", "after"),
     "precond_dtype": (None, "float16", "bfloat16", "float32", "float64"),
 }
 
@@ -54,9 +55,13 @@ def _check_ranges(group: dict[str, Any]) -> None:
             raise ValueError(f"{name} must be a whole number; got {group[name]}.")
     if not (math.isfinite(group["lr"]) and group["lr"] > 0):
         raise ValueError(f"lr must be above 0; got {group['lr']}.")
-    below_one = ("momentum", "meta_lr") if group["meta_update"] == "multiplicative" else ("momentum",)
-    for name in below_one:
-        if group[name] >= 1:
-            raise ValueError(f"{name} must be below 1; got {group[name]}.")
+    if group["momentum"] >= 1:
+        raise ValueError(f"momentum must be below 1; got {group['momentum']}.")
+    below = 0.5 if group["structure"] == "kron" else 1
+    if group["meta_update"] == "multiplicative" and group["meta_lr"] >= below:
+        raise ValueError(
+            f"meta_lr must be below {below:g} for structure {group['structure']!r}; got {group['meta_lr']}. A larger one "
+            "could make the preconditioner indefinite."
+        )
     if group["lam_f"] == group["lam_w"] == 0:
         raise ValueError("lam_f and lam_w are both 0: nothing would hold the step back. Give one of them a value.")

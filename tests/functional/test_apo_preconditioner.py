@@ -6,10 +6,12 @@ from torch import nn
 from torch.func import functional_call
 
 from lightning_ext.functional import (
+    KroneckerStep,
     MetaStep,
     PreconditionerGradients,
     ProximalObjective,
     apply_preconditioner,
+    kronecker_meta_step,
     multiplicative_meta_step,
     preconditioner_gradients,
     rotate_gradient,
@@ -306,3 +308,86 @@ def test_nothing_to_learn_changes_nothing():
     assert step.B.equal(B)
     assert step.S.equal(S)
     assert step.norms.equal(torch.zeros(3))
+
+
+KRONECKER = [name for name in STRUCTURES if name.startswith("kron")]
+
+
+def squared(factor):
+    return factor @ factor.T if factor.ndim == 2 else factor.square()
+
+
+@pytest.mark.parametrize("structure", KRONECKER)
+def test_a_kronecker_step_is_the_multiplicative_one_to_first_order(structure):
+    A, B, S = factors(structure, 5, 6)
+    AA, BB, G, V = squared(A), squared(B), torch.randn(5, 6), torch.randn(5, 6)
+    M, N = rotate_gradient(G, A, B), rotate_gradient(V, A, B)
+    errors = []
+    for beta in (1e-2, 1e-3):
+        one = multiplicative_meta_step(M, N, A, B, S, torch.zeros(3), beta)
+        other = kronecker_meta_step(G, V, AA, BB, S, torch.zeros(3), beta)
+        assert isinstance(other, KroneckerStep)
+        torch.testing.assert_close(other.S, one.S)
+        moves = [(squared(one.A) - AA, other.AA - AA), (squared(one.B) - BB, other.BB - BB)]
+        errors.append(max(float((x - y).norm() / y.norm()) for x, y in moves))
+        for side, norm, twin, factor in zip((AA, BB), other.norms, one.norms, (A, B), strict=False):
+            # multiplicative_meta_step leaves out the factor 2 on both sides of a diagonal's ratio
+            torch.testing.assert_close(norm, twin if factor.ndim == 2 else 2 * twin)
+            assert side.ndim == factor.ndim
+    assert errors[0] < 2e-2
+    assert errors[1] == pytest.approx(errors[0] / 10, rel=0.05), "the difference is of second order"
+
+
+@pytest.mark.parametrize("structure", KRONECKER)
+def test_a_kronecker_step_follows_the_slope_of_the_objective(structure):
+    """In the metric of the preconditioner itself: the direction is - C (dQ/dC) C."""
+    A, B, S = factors(structure)
+    sides = [squared(A).requires_grad_(), squared(B).requires_grad_()]
+    G, V = torch.randn(OUT, IN), torch.randn(OUT, IN)
+    AA, BB = (as_matrix(side, width) for side, width in zip(sides, (IN, OUT), strict=True))
+    (V * -(S.square() * BB @ G @ AA)).sum().backward()
+    with torch.no_grad():
+        step = kronecker_meta_step(G, V, *sides, S, torch.zeros(3), 0.1)
+        for side, new in zip(sides, step[:2], strict=True):
+            slope = side.grad + side.grad.mT if side.ndim == 2 else side.grad
+            expected = -side @ slope @ side if side.ndim == 2 else -side.square() * slope
+            found = new - side
+            torch.testing.assert_close(found / found.norm(), expected / expected.norm())
+
+
+@pytest.mark.parametrize("structure", KRONECKER)
+def test_a_kronecker_step_does_not_know_units_and_takes_products_that_are_known(structure):
+    A, B, S = factors(structure)
+    AA, BB, G, V = squared(A), squared(B), torch.randn(OUT, IN), torch.randn(OUT, IN)
+    one = kronecker_meta_step(G, V, AA, BB, S, torch.zeros(3), 0.1)
+    left = as_matrix(BB, OUT) @ G
+    told = kronecker_meta_step(
+        G, V, AA, BB, S, torch.zeros(3), 0.1, products=(left, left @ as_matrix(AA, IN)), magnitude=1e-2
+    )
+    other = kronecker_meta_step(1e-5 * G, 1e3 * V, AA, BB, S, torch.zeros(3), 0.1)
+    coordinates = kronecker_meta_step(G, V, 100 * AA, BB / 7, S, torch.zeros(3), 0.1)
+    for a, b, c, d in zip(one[:2], told[:2], other[:2], coordinates[:2], strict=True):
+        torch.testing.assert_close(a, b)
+        torch.testing.assert_close(a, c)
+        torch.testing.assert_close(a / a.norm(), d / d.norm())
+    torch.testing.assert_close(told.norms, 1e-2 * one.norms)
+    torch.testing.assert_close(other.norms, 1e-2 * one.norms)
+    later = kronecker_meta_step(G, V, AA, BB, S, 100 * one.norms, 0.1, decay=0.5)
+    torch.testing.assert_close(later.AA - AA, (one.AA - AA) / 50)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_kronecker_preconditioner_stays_symmetric_and_positive_at_any_rate_below_a_half(sign):
+    AA, BB, S, norms = torch.eye(IN), torch.eye(OUT), torch.tensor(1.0), torch.zeros(3)
+    for _ in range(50):
+        G = torch.randn(OUT, IN)
+        AA, BB, S, norms = kronecker_meta_step(G, sign * G, AA, BB, S, norms, 0.49)
+        for side in (AA, BB):
+            assert side.equal(side.T)
+            assert torch.linalg.eigvalsh(side).min() > 0
+    assert S > 0
+    zero = torch.zeros(OUT, IN)
+    still = kronecker_meta_step(zero, zero, AA, BB, S, torch.zeros(3), 0.3)
+    assert still.AA.equal(AA)
+    assert still.BB.equal(BB)
+    assert still.S.equal(S)

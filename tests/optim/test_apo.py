@@ -243,16 +243,17 @@ def test_every_parameter_trains(structure):
         changed = (p.detach() != before[name]).float().mean()
         assert changed == 1, f"{name}: {changed}"
     assert losses[-1] < 0.7 * losses[0]
-    expected = {"embedding.weight": {"S"}, "conv.weight": {"A", "B", "S"}, "conv.bias": set(), "norm.weight": {"S"}}
+    sides = {"AA", "BB"} if structure == "kron" else {"A", "B"}
+    expected = {"embedding.weight": {"S"}, "conv.weight": {"S"} | sides, "conv.bias": set(), "norm.weight": {"S"}}
     if structure == "diag":
         expected |= {"conv.weight": {"S"}, "conv.bias": {"S"}}
     for name, keys in expected.items():
-        assert {"A", "B", "S"} & set(optimizer.state[net.get_parameter(name)]) == keys, name
+        assert {"A", "B", "AA", "BB", "S"} & set(optimizer.state[net.get_parameter(name)]) == keys, name
     if structure != "diag":
-        assert optimizer.state[net.conv.weight]["A"].shape == (8 * 3 + 1, 8 * 3 + 1)
+        assert optimizer.state[net.conv.weight][min(sides)].shape == (8 * 3 + 1, 8 * 3 + 1)
 
 
-@pytest.mark.parametrize(("structure", "sides"), [("kron", {"A": (9,), "B": (6, 6)}), ("ekfac", {"B": (6, 6)})])
+@pytest.mark.parametrize(("structure", "sides"), [("kron", {"AA": (9,), "BB": (6, 6)}), ("ekfac", {"B": (6, 6)})])
 def test_a_wide_side_has_a_diagonal_factor_or_none(structure, sides):
     net = nn.Linear(8, 6)
     optimizer = APOPreconditioner(net, 0.2, structure=structure, max_dim=7, every_n_steps=1)
@@ -267,22 +268,21 @@ def test_a_wide_side_has_a_diagonal_factor_or_none(structure, sides):
         optimizer.step(look_ahead=objective)
         losses.append(loss.item())
     state = optimizer.state[net.weight]
-    assert {k: tuple(v.shape) for k, v in state.items() if k in "AB"} == sides
+    assert {k: tuple(v.shape) for k, v in state.items() if k in ("A", "B", "AA", "BB")} == sides
     assert losses[-1] < 0.1 * losses[0]
     if structure == "kron":
-        assert not state["A"].equal(torch.ones(9))
+        assert not state["AA"].equal(torch.ones(9))
 
 
-@pytest.mark.parametrize("every_n_steps", [1, 100])  # with 1 no side of 40 is multiplied out, with 100 all are
-def test_sides_multiplied_out_or_not_give_the_same_step(every_n_steps):
+def test_factors_that_are_set_by_hand_are_those_of_the_next_step():
     torch.manual_seed(0)
     w = nn.Parameter(torch.zeros(3, 40, dtype=torch.float64))
-    optimizer = APOPreconditioner([w], 1.0, momentum=0.0, every_n_steps=every_n_steps)
+    optimizer = APOPreconditioner([w], 1.0, momentum=0.0)
     w.grad = torch.randn(3, 40, dtype=torch.float64)
     optimizer.step()
     A, B = (torch.randn(n, n, dtype=torch.float64) for n in (40, 3))
-    optimizer.state[w]["A"].copy_(A)  # in place, as loading into an existing tensor would
-    optimizer.state[w]["B"] = B
+    optimizer.state[w]["AA"].copy_(A @ A.T)  # in place, as loading into an existing tensor would
+    optimizer.state[w]["BB"] = B @ B.T
     optimizer.state[w]["S"].fill_(0.5)
     before = w.detach().clone()
     optimizer.step()
@@ -324,7 +324,7 @@ def test_a_worse_or_broken_look_ahead_halves_the_step(structure, value, cotangen
         torch.testing.assert_close(p.detach(), old - 0.05 * p.grad)
     state = optimizer.state[net[0].weight]
     assert state["S"].mean().item() == pytest.approx(math.sqrt(0.5))
-    assert structure == "diag" or state["A"].equal(torch.eye(6))
+    assert structure == "diag" or state["AA" if structure == "kron" else "A"].equal(torch.eye(6))
 
 
 @pytest.mark.parametrize(
@@ -340,7 +340,7 @@ def test_a_rise_of_less_than_a_tenth_is_left_to_the_meta_step(before, value, rej
         objective.loss_at_anchor = None
     optimizer.step(look_ahead=objective)
     assert optimizer.last_meta_step["rejected"] == rejected
-    assert optimizer.state[net[0].weight]["A"].equal(torch.eye(6)) == rejected
+    assert optimizer.state[net[0].weight]["AA"].equal(torch.eye(6)) == rejected
 
 
 @pytest.mark.filterwarnings("ignore:APOPreconditioner:UserWarning")
@@ -405,7 +405,7 @@ def test_meta_steps_come_due_every_n_steps_and_change_nothing_in_between():
         due.append(optimizer.meta_step_due)
         optimizer.step(look_ahead=objective_for(net, (x, y)))
         assert optimizer.look_ahead is None
-        current = optimizer.state[net[0].weight]["A"].clone()
+        current = optimizer.state[net[0].weight]["AA"].clone()
         changes.append(previous is None or not current.equal(previous))
         previous = current
     assert due == changes == [True, False, False, True, False, False, True, False]
@@ -455,6 +455,59 @@ def test_the_closure_runs_once_with_gradients_and_may_bring_the_objective():
     assert optimizer.last_meta_step["loss_before"] == pytest.approx(loss.item())
 
 
+def one_meta_step(structure, apply, weight_decay, objective_of):
+    """Two steps, the second with a look-ahead unless ``apply`` is None."""
+    net, ((x, y), (x2, y2)) = mlp(), classification(2)
+    optimizer = APOPreconditioner(
+        net, 0.3, structure=structure, every_n_steps=1, weight_decay=weight_decay, apply=apply or "before"
+    )
+    train(net, optimizer, [(x, y)], meta=False)
+    optimizer.zero_grad()
+    F.cross_entropy(net(x2), y2).backward()
+    optimizer.step(look_ahead=apply and objective_of(net, x2, y2))
+    return weights(net), optimizer
+
+
+def weights(net):
+    return torch.cat([p.detach().flatten() for p in net.parameters()])
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
+def test_applied_after_the_step_the_step_is_the_look_ahead_itself(structure, weight_decay):
+    seen = []
+
+    def objective_of(net, x, y):
+        objective = ProximalObjective(
+            lambda: seen.append(weights(net)) or F.cross_entropy(net(x), y), lambda: net(x), softmax_kl
+        )
+        objective.anchor()
+        return objective
+
+    runs = {apply: one_meta_step(structure, apply, weight_decay, objective_of) for apply in ("before", "after", None)}
+    ends = {apply: end for apply, (end, _) in runs.items()}
+    assert ends["after"].equal(ends[None]), "it is not the step that an optimizer without an objective makes"
+    assert seen[-1].equal(ends["after"]), "the loss was taken elsewhere than the step ended"
+    assert not ends["before"].equal(ends["after"])
+    states = [runs[apply][1].state_dict()["state"] for apply in ("before", "after", None)]
+    assert states[0][0]["S"].equal(states[1][0]["S"]), "the preconditioner learned is the same"
+    assert not states[1][0]["S"].equal(states[2][0]["S"])
+
+
+def test_applied_after_the_step_a_rejected_look_ahead_is_taken_back():
+    ends = [one_meta_step("kron", apply, 0.1, lambda *_: Exploding(math.nan))[0] for apply in ("before", "after")]
+    assert ends[0].equal(ends[1])
+
+
+def test_the_additive_update_of_a_kronecker_structure_has_the_factors_themselves():
+    net = mlp()
+    optimizer = APOPreconditioner(net, 0.1, meta_update="adam", every_n_steps=1)
+    train(net, optimizer, classification(3))
+    state = optimizer.state[net[0].weight]
+    assert "AA" not in state
+    assert not state["A"].equal(torch.eye(6))
+
+
 @pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_trains_as_well_as_single(structure, dtype):
@@ -479,7 +532,7 @@ def test_tiny_gradients_in_float16_still_teach():
     objective.anchor()
     optimizer.step(look_ahead=objective)
     for layer in (net[0], net[2]):
-        for name in ("A", "B"):
+        for name in ("AA", "BB"):
             factor = optimizer.state[layer.weight][name]
             assert factor.isfinite().all()
             assert not factor.equal(torch.eye(len(factor))), "the products underflowed"

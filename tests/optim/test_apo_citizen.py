@@ -67,7 +67,7 @@ def test_a_copy_goes_on_like_the_original(copied):
     assert not weights(net).equal(weights(other)), "the copy shares weights"
     train(other, twin, batches[4:])
     assert weights(net).equal(weights(other))
-    assert twin.state[other.head.weight]["A"].shape == (7, 7), "the bias was lost from the matrix"
+    assert twin.state[other.head.weight]["AA"].shape == (7, 7), "the bias was lost from the matrix"
     assert twin.last_meta_step == optimizer.last_meta_step
 
 
@@ -94,7 +94,7 @@ def test_groups_have_their_own_options():
     first, second = optimizer.state[net[0].weight], optimizer.state[net[2].weight]
     assert first["S"].shape == (4, 6), "the bias of a module's group is a column"
     assert second["S"].shape == ()
-    assert second["A"].equal(torch.eye(4)), "parameters keep their biases apart"
+    assert second["AA"].equal(torch.eye(4)), "parameters keep their biases apart"
     assert not first["A"].equal(torch.eye(6))
     assert "momentum" in first
     assert "momentum" not in second
@@ -155,7 +155,7 @@ def test_half_of_a_pair_can_step_alone(name):
     optimizer.step()
     torch.testing.assert_close(alone.detach(), before[0] - 0.1)
     assert still.equal(before[1])
-    assert optimizer.state[layer.weight]["A"].shape == (4, 4)
+    assert optimizer.state[layer.weight]["AA"].shape == (4, 4)
 
 
 def test_frozen_parameters_stay_out():
@@ -191,7 +191,7 @@ def test_tied_parameters_step_once():
     assert weights(nets[0]).equal(weights(nets[1]))
     train(nets[0], optimizers[0], [zoo_batch(i) for i in range(4)])
     state = optimizers[0].state
-    assert state[nets[0].first.weight]["A"].shape == (9, 9)
+    assert state[nets[0].first.weight]["AA"].shape == (9, 9)
     assert state[nets[0].second.bias]["S"].shape == (8,)
     assert state[nets[0].embedding.weight]["S"].shape == (7, 8)
 
@@ -244,7 +244,7 @@ def test_a_scaled_objective_gives_the_same_meta_step():
         )
         objective.anchor()
         optimizer.step(look_ahead=objective)
-        factors[scale] = optimizer.state[net[0].weight]["A"]
+        factors[scale] = optimizer.state[net[0].weight]["AA"]
     assert factors[1.0].equal(factors[1024.0])
 
 
@@ -282,7 +282,9 @@ def test_loading_a_state_made_for_other_shapes_is_refused():
         ({"structure": "shampoo"}, "structure must be one of 'kron', 'ekfac', 'diag'; got 'shampoo'"),
         ({"meta_update": "sgd"}, "meta_update must be one of 'multiplicative', 'adam'; got 'sgd'"),
         ({"meta_lr": -0.1}, "meta_lr must be at least 0; got -0.1"),
-        ({"meta_lr": 1.0}, "meta_lr must be below 1; got 1.0"),
+        ({"meta_lr": 0.5}, "meta_lr must be below 0.5 for structure 'kron'; got 0.5"),
+        ({"meta_lr": 1.0, "structure": "ekfac"}, "meta_lr must be below 1 for structure 'ekfac'; got 1.0"),
+        ({"apply": "now"}, "apply must be one of 'before', 'after'; got 'now'"),
         ({"momentum": 1.0}, "momentum must be below 1; got 1.0"),
         ({"momentum": -0.1}, "momentum must be at least 0"),
         ({"every_n_steps": 0}, "every_n_steps must be at least 1; got 0"),
@@ -368,8 +370,8 @@ def test_half_precision_products_do_not_overflow_where_the_step_does_not(scale):
     net.weight.grad = torch.ones_like(net.weight) * 0.01
     optimizer.step()
     state = optimizer.state[net.weight]
-    state["A"].mul_(scale)
-    state["B"].div_(scale)
+    state["AA"].mul_(scale)
+    state["BB"].div_(scale)
     state["S"].fill_(1.0)
     net.weight.data.copy_(before)
     optimizer.step()
