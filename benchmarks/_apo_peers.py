@@ -1,7 +1,6 @@
 """What the APO benchmark trains: an autoencoder, digits, and every optimizer as one step function."""
 
 import contextlib
-import math
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -125,10 +124,10 @@ def package_version(package: str) -> str | None:
         return None
 
 
-def apo(structure: str, precond_dtype: str | None = None, loss_fraction: float = 1.0) -> Callable[[nn.Module], Step]:
+def apo(structure: str, precond_dtype: str | None = None, apply: str = "before") -> Callable[[nn.Module], Step]:
     def make(net: nn.Module) -> Step:
         optimizer = APOPreconditioner(
-            net, lr=1e-3, structure=structure, every_n_steps=EVERY, precond_dtype=precond_dtype
+            net, lr=1e-3, structure=structure, every_n_steps=EVERY, precond_dtype=precond_dtype, apply=apply
         )  # fmt: skip
 
         def step(x: Tensor, previous: Tensor) -> None:
@@ -137,10 +136,9 @@ def apo(structure: str, precond_dtype: str | None = None, loss_fraction: float =
             loss.backward()
             if optimizer.meta_step_due:
                 previous = previous[: len(previous) // 4]  # fsd_fraction=0.25 of the callback
-                part = x[: math.ceil(len(x) * loss_fraction)]
                 objective = ProximalObjective(
-                    lambda: reconstruction_loss(net(part), part), lambda: net(previous), squared_error,
-                    loss_at_anchor=loss.detach() if loss_fraction == 1 else None,
+                    lambda: reconstruction_loss(net(x), x), lambda: net(previous), squared_error,
+                    loss_at_anchor=loss.detach(),
                 )  # fmt: skip
                 objective.anchor()
                 optimizer.step(look_ahead=objective)
@@ -236,10 +234,10 @@ def prodigy_optimizer(net: nn.Module, lr: float = 1.0) -> torch.optim.Optimizer:
 HALF = torch.bfloat16
 KRON = Preconditioned("APO-P kron", None, apo("kron"))
 KRON_HALF = Preconditioned("APO-P kron bf16", None, apo("kron", "bfloat16"))
-KRON_QUARTER = Preconditioned("APO-P kron, loss on a quarter", None, apo("kron", None, 0.25))
-KRON_HALF_QUARTER = Preconditioned("APO-P kron bf16, loss on a quarter", None, apo("kron", "bfloat16", 0.25))
-EKFAC_QUARTER = Preconditioned("APO-P ekfac, loss on a quarter", None, apo("ekfac", None, 0.25))
-EKFAC_HALF_QUARTER = Preconditioned("APO-P ekfac bf16, loss on a quarter", None, apo("ekfac", "bfloat16", 0.25))
+KRON_AFTER = Preconditioned("APO-P kron, applied after", None, apo("kron", None, "after"))
+KRON_HALF_AFTER = Preconditioned("APO-P kron bf16, applied after", None, apo("kron", "bfloat16", "after"))
+EKFAC_AFTER = Preconditioned("APO-P ekfac, applied after", None, apo("ekfac", None, "after"))
+EKFAC_HALF_AFTER = Preconditioned("APO-P ekfac bf16, applied after", None, apo("ekfac", "bfloat16", "after"))
 EKFAC = Preconditioned("APO-P ekfac", None, apo("ekfac"))
 EKFAC_HALF = Preconditioned("APO-P ekfac bf16", None, apo("ekfac", "bfloat16"))
 KFAC_PYTORCH = Preconditioned("kfac-pytorch inverse", "kfac_pytorch", kfac_pytorch)

@@ -111,12 +111,12 @@ def _singd(net: nn.Module, lr: float) -> torch.optim.Optimizer:
     return singd_optimizer(net, lr, damping=0.1)  # at its default the factors overflow before the time is up
 
 
-def _feed(loss_fraction: float) -> Callable[[float], list[pl.Callback]]:
-    return lambda lr: [APOPreconditioning(fsd_fraction=0.25, loss_fraction=loss_fraction)]
+def _feed(lr: float) -> list[pl.Callback]:
+    return [APOPreconditioning(fsd_fraction=0.25)]
 
 
-def _apo(structure: str) -> Make:
-    return lambda net, lr: APOPreconditioner(net, lr=lr, structure=structure, every_n_steps=EVERY)
+def _apo(structure: str, apply: str = "before") -> Make:
+    return lambda net, lr: APOPreconditioner(net, lr=lr, structure=structure, every_n_steps=EVERY, apply=apply)
 
 
 @dataclass(frozen=True)
@@ -133,9 +133,9 @@ class Method:
 
 
 METHODS = (
-    Method("APO-P kron", _apo("kron"), (0.01, 0.03, 0.1), _feed(1.0), ours=True),
-    Method("APO-P kron, quarter", _apo("kron"), (0.01, 0.03, 0.1), _feed(0.25), ours=True),
-    Method("APO-P ekfac", _apo("ekfac"), (0.01, 0.03, 0.1), _feed(1.0), ours=True),
+    Method("APO-P kron", _apo("kron"), (0.01, 0.03, 0.1), _feed, ours=True),
+    Method("APO-P kron, applied after", _apo("kron", "after"), (0.01, 0.03, 0.1), _feed, ours=True),
+    Method("APO-P ekfac", _apo("ekfac"), (0.01, 0.03, 0.1), _feed, ours=True),
     Method("APO-LR on Adam", _adam, (1e-4, 1e-3, 1e-2), lambda lr: [APOLearningRate()], ours=True),
     Method(
         "APO-LR on Adam, quarter",

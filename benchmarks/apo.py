@@ -39,16 +39,16 @@ import torch
 from _apo_peers import (
     ASDL_KFAC,
     EKFAC,
+    EKFAC_AFTER,
     EKFAC_HALF,
-    EKFAC_HALF_QUARTER,
-    EKFAC_QUARTER,
+    EKFAC_HALF_AFTER,
     EVERY,
     KFAC_PYTORCH,
     KFAC_PYTORCH_HALF,
     KRON,
+    KRON_AFTER,
     KRON_HALF,
-    KRON_HALF_QUARTER,
-    KRON_QUARTER,
+    KRON_HALF_AFTER,
     SINGD_DENSE,
     SINGD_HALF,
     WIDE,
@@ -155,22 +155,22 @@ def preconditioner_turns(ours: Preconditioned, peer: Preconditioned, batch: int)
 def kron_single() -> Rows:
     """Everything in float32."""
     rows = [preconditioner_turns(KRON, peer, batch) for peer in (KFAC_PYTORCH, ASDL_KFAC) for batch in (1000, 100)]
-    return rows + [preconditioner_turns(KRON_QUARTER, peer, 1000) for peer in (KFAC_PYTORCH, ASDL_KFAC)]
+    return rows + [preconditioner_turns(KRON_AFTER, peer, 1000) for peer in (KFAC_PYTORCH, ASDL_KFAC)]
 
 
 def kron_half() -> Rows:
     """Factors in bfloat16, which ASDL does not have: Cholesky factors cannot be had in it."""
     peers = (KFAC_PYTORCH_HALF, ASDL_KFAC)
     rows = [preconditioner_turns(KRON_HALF, peer, batch) for peer in peers for batch in (1000, 100)]
-    return rows + [preconditioner_turns(KRON_HALF_QUARTER, peer, 1000) for peer in peers]
+    return rows + [preconditioner_turns(KRON_HALF_AFTER, peer, 1000) for peer in peers]
 
 
 def ekfac() -> Rows:
     """In float32, and with the factors of both in bfloat16."""
     pairs = ((EKFAC, SINGD_DENSE), (EKFAC_HALF, SINGD_HALF))
     rows = [preconditioner_turns(ours, peer, batch) for ours, peer in pairs for batch in (1000, 100)]
-    quarters = ((EKFAC_QUARTER, SINGD_DENSE), (EKFAC_HALF_QUARTER, SINGD_HALF), (EKFAC_HALF_QUARTER, SINGD_DENSE))
-    return rows + [preconditioner_turns(ours, peer, 1000) for ours, peer in quarters]
+    after = ((EKFAC_AFTER, SINGD_DENSE), (EKFAC_HALF_AFTER, SINGD_HALF), (EKFAC_HALF_AFTER, SINGD_DENSE))
+    return rows + [preconditioner_turns(ours, peer, 1000) for ours, peer in after]
 
 
 def high_water() -> float:
@@ -267,7 +267,7 @@ def quality() -> Rows:
         tried[method.name] = ", ".join(f"{curve.final:.3f} with lr {curve.lr:g}" for curve in curves)
     draw(list(best.values()), PICTURE)
     rows = []
-    for ours in ("APO-P kron", "APO-P kron, quarter", "APO-LR on Adam", "APO-LR on Adam, quarter"):
+    for ours in ("APO-P kron", "APO-P kron, applied after", "APO-LR on Adam", "APO-LR on Adam, quarter"):
         for peer in (method for method in METHODS if not method.ours):
             name = f"{ours}: loss after {SECONDS:g} CPU seconds against {peer.name}"
             if peer.name in missing:

@@ -60,8 +60,8 @@ def _check_ranges(group: dict[str, Any]) -> None:
     below = 0.5 if group["structure"] == "kron" else 1
     if group["meta_update"] == "multiplicative" and group["meta_lr"] >= below:
         raise ValueError(
-            f"meta_lr must be below {below:g} for structure {group['structure']!r}; got {group['meta_lr']}. A larger one "
-            "could make the preconditioner indefinite."
+            f"meta_lr must be below {below:g} for structure {group['structure']!r}; got {group['meta_lr']}. A larger "
+            "step could make the preconditioner indefinite."
         )
     if group["lam_f"] == group["lam_w"] == 0:
         raise ValueError("lam_f and lam_w are both 0: nothing would hold the step back. Give one of them a value.")
