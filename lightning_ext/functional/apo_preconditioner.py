@@ -261,12 +261,11 @@ class KroneckerStep(NamedTuple):
     """Decaying maxima of the norms of the three meta-gradients, ``(3,)`` in the order A, B, S."""
 
 
-def _double_symmetric(x: Tensor, y: Tensor, *, rows: bool, dense: bool) -> Tensor:
-    """Return ``x.T @ y`` or, for the output side, ``x @ y.T``, plus its transpose; for a diagonal side its diagonal."""
+def _inner(x: Tensor, y: Tensor, *, rows: bool, dense: bool) -> Tensor:
+    """Return ``x.T @ y`` or, for the output side, ``x @ y.T``; for a diagonal side its diagonal."""
     if not dense:
-        return (x * y).sum(1 if rows else 0).mul_(2)
-    half = x @ y.mT if rows else x.mT @ y
-    return half + half.mT
+        return (x * y).sum(1 if rows else 0)
+    return x @ y.mT if rows else x.mT @ y
 
 
 def kronecker_meta_step(
@@ -334,9 +333,10 @@ def kronecker_meta_step(
     sides = ((AA, right, both, cotangent, left), (BB, down, both, right, gradient))
     moves, found = [], []
     for i, (side, x, y, u, w) in enumerate(sides):
-        moves.append(_double_symmetric(x, y, rows=i == 1, dense=side.ndim == 2))
-        along_itself = _double_symmetric(u, w, rows=i == 1, dense=side.ndim == 2)
-        square = torch.dot(moves[i].flatten().to(norms.dtype), along_itself.flatten().to(norms.dtype))
+        move = _inner(x, y, rows=i == 1, dense=side.ndim == 2)
+        moves.append(move + move.mT if side.ndim == 2 else 2 * move)
+        slopes = _inner(u, w, rows=i == 1, dense=side.ndim == 2)  # its transpose has the same product with a symmetric
+        square = 2 * torch.dot(moves[i].flatten().to(norms.dtype), slopes.flatten().to(norms.dtype))
         found.append(square.clamp_min(0).sqrt())
     norms = torch.maximum(norms * decay, torch.stack([*found, slope.abs()]) * magnitude)
     rates = 2 * meta_lr * magnitude / norms.clamp_min(torch.finfo(norms.dtype).tiny)
