@@ -261,6 +261,11 @@ class KroneckerStep(NamedTuple):
     """Decaying maxima of the norms of the three meta-gradients, ``(3,)`` in the order A, B, S."""
 
 
+def _norm(x: Tensor, dtype: torch.dtype) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(x, dtype=dtype)
+    return norm
+
+
 def _inner(x: Tensor, y: Tensor, *, rows: bool, dense: bool) -> Tensor:
     """Return ``x.T @ y`` or, for the output side, ``x @ y.T``; for a diagonal side its diagonal."""
     if not dense:
@@ -337,7 +342,9 @@ def kronecker_meta_step(
         moves.append(move + move.mT if side.ndim == 2 else 2 * move)
         slopes = _inner(u, w, rows=i == 1, dense=side.ndim == 2)  # its transpose has the same product with a symmetric
         square = 2 * torch.dot(moves[i].flatten().to(norms.dtype), slopes.flatten().to(norms.dtype))
-        found.append(square.clamp_min(0).sqrt())
+        # Where nothing but rounding is left of them: in exact arithmetic the norm is never below this.
+        least = _norm(moves[i], norms.dtype) / _norm(side, norms.dtype)
+        found.append(torch.maximum(square.clamp_min(0).sqrt(), least))
     norms = torch.maximum(norms * decay, torch.stack([*found, slope.abs()]) * magnitude)
     rates = 2 * meta_lr * magnitude / norms.clamp_min(torch.finfo(norms.dtype).tiny)
     AA, BB = (

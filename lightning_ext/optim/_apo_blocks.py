@@ -67,25 +67,20 @@ class Prepared:
 
 
 class PreparedKronecker(Prepared):
-    """The two sides of a Kronecker block; in 16 bits each is divided by its size, for they may drift apart."""
-
-    def __init__(self, factors: Factors, dtype: torch.dtype) -> None:
-        sides: Sequence[Tensor | None] = factors[:2]
-        scale = factors[2].square()
-        self.sizes: list[Tensor] = []
-        if dtype in _HALF:
-            self.sizes = [torch.linalg.vector_norm(side) / len(side) ** 0.5 for side in sides if side is not None]
-            scale = scale * self.sizes[0] * self.sizes[1]
-            sides = [side / size for side, size in zip(sides, self.sizes, strict=True) if side is not None]
-        super().__init__(factors, dtype)
-        self._sides, self._scale = _in_dtype(sides, dtype), scale
+    """The two sides of a Kronecker block."""
 
     def __call__(self, gradient: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Precondition a gradient matrix; with it, the two products as they are without the scale."""
-        across, along = self._sides
-        left = multiply_left(along, gradient)
-        both = multiply_right(left, across)
-        return (both * self._scale).to(both.dtype), (left, both)
+        AA, BB = self._sides
+        left = multiply_left(BB, gradient)
+        both = multiply_right(left, AA)
+        return (both * self._factors[2].square()).to(both.dtype), (left, both)
+
+
+def _size(side: Tensor) -> Tensor:
+    """1 for the identity."""
+    size: Tensor = torch.linalg.vector_norm(side) / len(side) ** 0.5
+    return size
 
 
 def _of_unit_size(
@@ -213,7 +208,7 @@ class Block:
         if self.group["meta_lr"] > 0:
             self.state["S"].mul_(_SHRINKAGE)
 
-    def meta_step(self, cotangents: list[Tensor], cache: dict[Tensor, Prepared]) -> None:
+    def meta_step(self, cotangents: list[Tensor]) -> None:
         """Update the factors by the gradient of the objective at the look-ahead point."""
         (gradient, *products), self._kept = self._kept, ()
         if self.group["meta_lr"] == 0:
@@ -224,7 +219,7 @@ class Block:
             return
         step: MetaStep | KroneckerStep
         if self._squared:
-            step = self._kronecker_step(gradient, cotangent, products, self._prepared(cache))
+            step = self._kronecker_step(gradient, cotangent, products)
         else:
             step = self._multiplicative_step(products[0], cotangent)
         self.state.update({name: value for name, value in step._asdict().items() if value is not None})
@@ -237,21 +232,19 @@ class Block:
             M, N, A, B, S, self.state["norms"], self.group["meta_lr"], magnitude=magnitude
         )  # fmt: skip
 
-    def _kronecker_step(
-        self, gradient: Tensor, cotangent: Tensor, products: list[Tensor], prepared: Prepared
-    ) -> KroneckerStep:
-        assert isinstance(prepared, PreparedKronecker)
+    def _kronecker_step(self, gradient: Tensor, cotangent: Tensor, products: list[Tensor]) -> KroneckerStep:
         AA, BB, S = self._factors
         assert AA is not None
         assert BB is not None
         (gradient, left, both), (cotangent,), magnitude = _of_unit_size((gradient, *products), (cotangent,))
-        if sizes := prepared.sizes:
-            AA, BB, magnitude = AA / sizes[0], BB / sizes[1], magnitude * sizes[0] * sizes[1]
-        step = kronecker_meta_step(
+        AA, BB, S, norms = kronecker_meta_step(
             gradient, cotangent, AA, BB, S, self.state["norms"], self.group["meta_lr"],
             products=(left, both), magnitude=magnitude,
         )  # fmt: skip
-        return step._replace(AA=step.AA * sizes[0], BB=step.BB * sizes[1]) if sizes else step
+        # Only the product of all three means anything; left alone the sides shrink for ever, and the scale overflows.
+        size_a, size_b = _size(AA), _size(BB)
+        size = size_a * size_b
+        return KroneckerStep(AA.div_(size_a), BB.div_(size_b), S * size.sqrt(), norms / size)
 
     def _adam_step(self, gradient: Tensor, cotangent: Tensor) -> None:
         wide = at_least_single(gradient.dtype)

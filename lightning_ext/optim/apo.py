@@ -312,7 +312,7 @@ class APOPreconditioner(Optimizer):
             if rejected:
                 block.shrink()
             else:
-                block.meta_step(cotangents, self._prepared)
+                block.meta_step(cotangents)
         return stays
 
     def _judge(

@@ -391,3 +391,32 @@ def test_a_kronecker_preconditioner_stays_symmetric_and_positive_at_any_rate_bel
     assert still.AA.equal(AA)
     assert still.BB.equal(BB)
     assert still.S.equal(S)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_kronecker_step_of_nothing_but_rounding_moves_no_further_than_any_other(dtype):
+    """V is such that the slope of the input side is zero: what its norm is made of cancels."""
+    for seed in range(20):
+        torch.manual_seed(seed)
+        A, B, G, K = (torch.randn(4, 4) for _ in range(4))
+        AA, BB = squared(A), squared(B)
+        V = torch.linalg.solve(BB, torch.linalg.solve(G.T, K - K.T))
+        args = [x.to(dtype) for x in (G, V, AA, BB, torch.tensor(1.0), torch.zeros(3))]
+        step = kronecker_meta_step(*args, 0.3)
+        for new, old in zip(step[:2], (AA, BB), strict=True):
+            assert (new - old).norm() <= 0.6001 * old.norm()
+
+
+def test_a_kronecker_preconditioner_in_single_precision_stays_positive_but_for_rounding():
+    """A thousand steps along noise, the condition number far beyond what single precision resolves."""
+    torch.manual_seed(0)
+    AA, BB, S, norms = torch.eye(24).float(), torch.eye(16).float(), torch.tensor(1.0).float(), torch.zeros(3).float()
+    scale = torch.logspace(0, -6, 24).float()
+    for _ in range(1000):
+        G = torch.randn(16, 24).float() * scale
+        V = G - 3 * (BB @ G @ AA) * scale.square() + 0.3 * torch.randn(16, 24).float() * scale
+        AA, BB, S, norms = kronecker_meta_step(G, V, AA, BB, S, norms, 0.3)
+        assert AA.isfinite().all()
+        for side in (AA, BB):
+            eigenvalues = torch.linalg.eigvalsh(side.double())
+            assert eigenvalues[0] > -1e-5 * eigenvalues[-1]
