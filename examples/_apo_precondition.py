@@ -325,7 +325,7 @@ AUTOENCODER: dict[str, dict[str, Factory]] = {
     "APO-P, K = 1": {
         f"meta-lr {rate:g}": apo(lam_f=3.0, momentum=0.9, meta_lr=rate, every_n_steps=1) for rate in (0.1, 0.2, 0.4)
     },
-    "APO-P, K = 10": {f"meta-lr {rate:g}": apo(meta_lr=rate, every_n_steps=10) for rate in (0.1, 0.3, 0.5)},
+    "APO-P, K = 10": {f"meta-lr {rate:g}": apo(meta_lr=rate, every_n_steps=10) for rate in (0.1, 0.3, 0.45)},
 }
 
 
