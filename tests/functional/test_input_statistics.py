@@ -98,8 +98,9 @@ def test_a_sketch_of_lower_rank_keeps_the_large_directions():
     model = InputStatistics.zeros((40,), covariance="lowrank", rank=12).add(x).finalise()
     assert model.factors.shape == (1, 40, 12)
     error = full - model.covariance()[0]
-    assert torch.linalg.eigvalsh(error).min() > -1e-12  # never above the covariance
-    assert torch.linalg.matrix_norm(error, 2) < 1e-4 * torch.linalg.matrix_norm(full, 2)
+    size = torch.linalg.matrix_norm(full, 2)
+    assert torch.linalg.eigvalsh(error).min() > -1e-10 * size  # never above the covariance
+    assert torch.linalg.matrix_norm(error, 2) < 1e-4 * size
 
 
 def test_jitter_is_added_to_the_variances():

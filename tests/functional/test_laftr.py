@@ -136,7 +136,7 @@ def test_at_the_reference_it_is_zero_with_its_gradient(name, dtype):
         options.append(gates(sites, [torch.bernoulli(torch.full_like(site.gate, 0.5)) for site in sites]))
     for sites, divergence in itertools.product(options, DIVERGENCES):
         value = gated_distance(forward, reference, same, x, sites, divergence=divergence)
-        assert value.item() == 0.0
+        assert value.item() == pytest.approx(0.0, abs=torch.finfo(dtype).eps)  # kernels may differ between the two
         for gradient in torch.autograd.grad(value, list(same.values())):
             assert gradient.abs().max() <= torch.finfo(dtype).eps
         assert gated_distance(forward, reference, current, x, sites, divergence=divergence) > 0.0
