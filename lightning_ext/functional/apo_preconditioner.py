@@ -303,8 +303,7 @@ def kronecker_meta_step(
     :math:`\beta < 1/2`.
 
     Args:
-        gradient: G of shape ``(out, in)``; its dtype is the one to calculate in. Give it at least 32 bits: rounded to
-            16, small eigenvalues may become negative.
+        gradient: G of shape ``(out, in)``; its dtype is the one to calculate in, 16 bits included.
         cotangent: V, the gradient of the objective at the look-ahead weights, in the shape of G.
         AA: Input side, symmetric ``(in, in)`` or diagonal ``(in,)``.
         BB: Output side, symmetric ``(out, out)`` or diagonal ``(out,)``.
@@ -312,7 +311,8 @@ def kronecker_meta_step(
         norms: Decaying maxima of before, ``(3,)``; zeros at first.
         meta_lr: :math:`\beta` in [0, 0.5).
         products: :math:`\mathcal B G` and :math:`\mathcal B G \mathcal A`, if they are known already.
-        magnitude: What G, V, AA and BB together were divided by; the norms are those without the division. Default 1.
+        magnitude: What G, V, AA and BB together were divided by so that products fit a half-precision type; the norms
+            are those without the division. Default 1.
         decay: How much of the largest norm seen remains per meta-step, in [0, 1].
 
     Returns:

@@ -236,13 +236,10 @@ class Block:
         AA, BB, S = self._factors
         assert AA is not None
         assert BB is not None
-        (gradient,), (cotangent,), magnitude = _of_unit_size((gradient,), (cotangent,))
-        known: tuple[Tensor, Tensor] | None = (products[0], products[1])
-        if gradient.dtype in _HALF:  # rounded that far, a small eigenvalue may become negative, and grow
-            gradient, cotangent, known = gradient.float(), cotangent.float(), None
+        (gradient, left, both), (cotangent,), magnitude = _of_unit_size((gradient, *products), (cotangent,))
         AA, BB, S, norms = kronecker_meta_step(
             gradient, cotangent, AA, BB, S, self.state["norms"], self.group["meta_lr"],
-            products=known, magnitude=magnitude,
+            products=(left, both), magnitude=magnitude,
         )  # fmt: skip
         # Only the product of all three means anything; left alone the sides shrink for ever, and the scale overflows.
         size_a, size_b = _size(AA), _size(BB)

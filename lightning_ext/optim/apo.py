@@ -64,8 +64,7 @@ class APOPreconditioner(Optimizer):
         weight_decay: decoupled, at least 0; part of the displacement that the objective sees.
         max_dim: a side wider than this gets a diagonal factor (``"kron"``) or none (``"ekfac"``).
         precond_dtype: dtype of the matrix products by name, such as ``"bfloat16"``; default that of the parameter. What
-            is accumulated (factors, scales, norms, the moments of ``"adam"``) has float32 at least, and so have the
-            products of the meta-steps of ``"kron"``.
+            is accumulated (factors, scales, norms, the moments of ``"adam"``) has float32 at least.
         apply: ``"before"`` makes the step with the new preconditioner, as in the paper; ``"after"`` keeps the step that
             was looked at and saves preconditioning a second time, the better choice at ``every_n_steps=10`` and wide
             layers. With ``every_n_steps=1`` on full batches it learned an ill-conditioned problem markedly slower.
