@@ -77,6 +77,11 @@ class PreparedKronecker(Prepared):
         return (both * self._factors[2].square()).to(both.dtype), (left, both)
 
 
+def _length(step: Tensor) -> Tensor:
+    length: Tensor = torch.linalg.vector_norm(step, dtype=at_least_single(step.dtype))
+    return length
+
+
 def _size(side: Tensor) -> Tensor:
     """1 for the identity."""
     size: Tensor = torch.linalg.vector_norm(side) / len(side) ** 0.5
@@ -125,6 +130,7 @@ class Block:
         self.gradients = [_dense_gradient(p) for p in self.params]
         self._squared = structure == "kron" and group["meta_update"] == "multiplicative"
         self._kept: tuple[Tensor, ...] = ()
+        self._length: Tensor | None = None
         if "S" not in state:
             state.update(self._identity())
 
@@ -193,8 +199,21 @@ class Block:
         """Apply the preconditioner to one value per live parameter; ``keep`` the products for the meta-step."""
         matrix = self._matrix(values)
         result, products = self._prepared(cache)(matrix)
-        self._kept = (matrix, *products) if keep else ()
+        if keep:
+            self._kept = (matrix, *products)
+            self._length = _length(result)
+        else:
+            self._shorten(result)
         return self._parts(result)
+
+    def _shorten(self, step: Tensor) -> None:
+        """Between meta-steps nothing judges a step: a batch unlike the others could undo the training."""
+        limit, measured = self.group["step_limit"], self.state.get("length")
+        if limit is None or measured is None:
+            return
+        ratio = limit * measured / _length(step).clamp_min(torch.finfo(measured.dtype).tiny)
+        ratio = torch.where(measured > 0, ratio.clamp_max(1.0), 1.0)  # no gradient then is no measure for now
+        step.mul_(ratio.to(step.dtype))
 
     def _prepared(self, cache: dict[Tensor, Prepared]) -> Prepared:
         if self.weight not in cache or not cache[self.weight].made_from(self._factors):
@@ -207,12 +226,15 @@ class Block:
         self._kept = ()
         if self.group["meta_lr"] > 0:
             self.state["S"].mul_(_SHRINKAGE)
+            if "length" in self.state:
+                self.state["length"].mul_(_SHRINKAGE**2)
 
     def meta_step(self, cotangents: list[Tensor]) -> None:
         """Update the factors by the gradient of the objective at the look-ahead point."""
         (gradient, *products), self._kept = self._kept, ()
         if self.group["meta_lr"] == 0:
             return
+        self.state["length"] = self._length
         cotangent = self._matrix(cotangents)
         if self.group["meta_update"] == "adam":
             self._adam_step(gradient, cotangent)

@@ -63,5 +63,8 @@ def _check_ranges(group: dict[str, Any]) -> None:
             f"meta_lr must be below {below:g} for structure {group['structure']!r}; got {group['meta_lr']}. A larger "
             "step could make the preconditioner indefinite."
         )
+    limit = group["step_limit"]
+    if limit is not None and not limit >= 1:
+        raise ValueError(f"step_limit must be at least 1, or None for no limit; got {limit}.")
     if group["lam_f"] == group["lam_w"] == 0:
         raise ValueError("lam_f and lam_w are both 0: nothing would hold the step back. Give one of them a value.")

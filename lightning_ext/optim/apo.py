@@ -68,6 +68,9 @@ class APOPreconditioner(Optimizer):
         apply: ``"before"`` makes the step with the new preconditioner, as in the paper; ``"after"`` keeps the step that
             was looked at and saves preconditioning a second time, the better choice at ``every_n_steps=10`` and wide
             layers. With ``every_n_steps=1`` on full batches it learned an ill-conditioned problem markedly slower.
+        step_limit: a step, relative to ``lr``, moves no weight (with its bias) further than this multiple of the last
+            look-ahead that was not rejected; at least 1, or ``None`` for no limit. Nothing judges the steps between two
+            meta-steps, and a batch unlike the others may be the end of the training.
 
     Raises:
         ValueError: For arguments out of range, complex parameters, groups that differ in an option for all.
@@ -117,6 +120,7 @@ class APOPreconditioner(Optimizer):
         max_dim: int = 4096,
         precond_dtype: str | None = None,
         apply: Literal["before", "after"] = "before",
+        step_limit: float | None = 3.0,
     ) -> None:
         self.look_ahead: ProximalObjective | None = None
         self.last_meta_step: dict[str, float] | None = None
@@ -137,6 +141,7 @@ class APOPreconditioner(Optimizer):
             "max_dim": max_dim,
             "precond_dtype": precond_dtype,
             "apply": apply,
+            "step_limit": step_limit,
         }
         super().__init__([{"params": params}] if isinstance(params, nn.Module) else params, defaults)
 

@@ -499,6 +499,69 @@ def test_applied_after_the_step_a_rejected_look_ahead_is_taken_back():
     assert ends[0].equal(ends[1])
 
 
+def lengths_of_steps(gradients, rates=None, *, look_ahead_at=(0,), rejected_at=(), **options):
+    """How far each step moves a weight with its bias, per unit of learning rate."""
+    net = nn.Linear(3, 2)
+    optimizer = APOPreconditioner(net, 0.1, momentum=0.0, every_n_steps=1, lam_w=0.1, **options)
+    found = []
+    for i, size in enumerate(gradients):
+        optimizer.param_groups[0]["lr"] = rate = 0.1 if rates is None else rates[i]
+        for p in net.parameters():
+            p.grad = torch.full_like(p, size)
+        objective = Exploding(math.nan if i in rejected_at else 0.5, cotangent=-1e-3)
+        before = weights(net)
+        optimizer.step(look_ahead=objective if i in (*look_ahead_at, *rejected_at) else None)
+        found.append((torch.linalg.vector_norm(weights(net) - before) / rate).item())
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:APOPreconditioner was due:UserWarning")
+@pytest.mark.parametrize("apply", ["before", "after"])
+@pytest.mark.parametrize("structure", ["kron", "ekfac"])
+def test_no_step_goes_much_further_than_the_last_that_was_judged(structure, apply):
+    options = {"structure": structure, "apply": apply, "meta_lr": 1e-6}
+    unit = 8**0.5
+    expected = [unit, 2 * unit, 3 * unit, 3 * unit]
+    assert lengths_of_steps([1.0, 2.0, 100.0, -1e4], **options) == pytest.approx(expected, rel=1e-4)
+    rates = [0.1, 0.5, 0.01, 1.0]  # a schedule is nobody's outlier
+    assert lengths_of_steps([1.0, 2.0, 100.0, -1e4], rates, **options) == pytest.approx(expected, rel=1e-4)
+    assert lengths_of_steps([1.0, 2.0], step_limit=1.5, **options)[1] == pytest.approx(1.5 * unit, rel=1e-4)
+    assert lengths_of_steps([1.0, 100.0], step_limit=None, **options)[1] == pytest.approx(100 * unit, rel=1e-4)
+    assert lengths_of_steps([1.0, 100.0], **{**options, "meta_lr": 0.0})[1] == pytest.approx(100 * unit, rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:APOPreconditioner was due:UserWarning")
+def test_what_was_judged_too_far_is_no_measure():
+    unit = 8**0.5
+    found = lengths_of_steps([1.0, 100.0, 100.0, 100.0], rejected_at=(1,), look_ahead_at=(0, 3), meta_lr=1e-6)
+    assert found == pytest.approx([unit, 1.5 * unit, 1.5 * unit, 50 * unit], rel=1e-4)  # the last was judged
+    assert lengths_of_steps([1.0, 100.0], rejected_at=(0,), look_ahead_at=())[1] == pytest.approx(50 * unit, rel=1e-4)
+    assert lengths_of_steps([0.0, 100.0], meta_lr=1e-6)[1] == pytest.approx(100 * unit, rel=1e-4)  # no gradient then
+
+
+@pytest.mark.filterwarnings("ignore:APOPreconditioner:UserWarning")
+def test_a_batch_unlike_the_others_is_not_the_end():
+    x = torch.randn(200, 5)
+    y = x @ torch.randn(5, 1)
+    ends = {}
+    for limit in (3.0, None):
+        net = nn.Sequential(nn.Linear(5, 1))
+        nn.init.zeros_(net[0].weight), nn.init.zeros_(net[0].bias)
+        optimizer = APOPreconditioner(net, step_limit=limit)
+        for i in range(100):
+            optimizer.zero_grad()
+            scale = 300.0 if i == 95 else 1.0
+            loss = squared_error(net(scale * x), scale * y)
+            loss.backward()
+            objective = ProximalObjective(
+                lambda net=net: squared_error(net(x), y), lambda net=net: net(x), squared_error
+            )
+            objective.anchor()
+            optimizer.step(look_ahead=objective)
+        ends[limit] = squared_error(net(x), y).item()
+    assert ends[3.0] < 1e-2 < 1.0 < ends[None]
+
+
 def test_the_additive_update_of_a_kronecker_structure_has_the_factors_themselves():
     net = mlp()
     optimizer = APOPreconditioner(net, 0.1, meta_update="adam", every_n_steps=1)

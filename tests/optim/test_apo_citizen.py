@@ -79,7 +79,7 @@ def test_the_state_follows_its_parameter_to_another_device():
     other = APOPreconditioner(moved, 0.1)
     other.load_state_dict(optimizer.state_dict())
     tensors = [v for state in other.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
-    assert len(tensors) == 12
+    assert len(tensors) == 14
     assert all(tensor.device.type == "meta" for tensor in tensors)
 
 
@@ -291,6 +291,8 @@ def test_loading_a_state_made_for_other_shapes_is_refused():
         ({"every_n_steps": 2.5}, "every_n_steps must be a whole number; got 2.5"),
         ({"weight_decay": -1.0}, "weight_decay must be at least 0"),
         ({"max_dim": -1}, "max_dim must be at least 0"),
+        ({"step_limit": 0.5}, "step_limit must be at least 1, or None for no limit; got 0.5"),
+        ({"step_limit": float("nan")}, "step_limit must be at least 1, or None for no limit; got nan"),
         ({"precond_dtype": "int8"}, "precond_dtype must be one of None, 'float16', 'bfloat16'"),
     ],
 )
