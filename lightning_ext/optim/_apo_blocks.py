@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_ext.functional.apo_preconditioner import (
@@ -22,6 +23,8 @@ _SHRINKAGE = 0.5**0.5  # of S at a rejected meta-step: half the learning rate
 _HALF = (torch.float16, torch.bfloat16)
 _ADAM_BETAS = (0.9, 0.999)
 _ADAM_EPS = 1e-8
+# Products a column wider than this run up to 40 % slower than products that are a whole multiple wide.
+_COLUMNS = 8
 
 
 def at_least_single(dtype: torch.dtype) -> torch.dtype:
@@ -49,10 +52,11 @@ Factors = tuple[Tensor | None, Tensor | None, Tensor]
 class Prepared:
     """What a block multiplies gradients with, in the dtype of the products, kept while the factors stay the same."""
 
-    def __init__(self, factors: Factors, dtype: torch.dtype) -> None:
+    def __init__(self, factors: Factors, dtype: torch.dtype, padding: int) -> None:
         self._factors = factors
         self._versions = _versions(factors)
-        self._sides = _in_dtype(factors[:2], dtype)
+        A, B, self._scale = _padded(factors, padding)
+        self._sides = _in_dtype((A, B), dtype)
 
     def made_from(self, factors: Factors) -> bool:
         """Whether these factors, with the values they have now, are the ones that were prepared."""
@@ -63,7 +67,7 @@ class Prepared:
         """Precondition a gradient matrix; with it, what a meta-step need not calculate again."""
         A, B = self._sides
         rotated = rotate_gradient(gradient, A, B)
-        return apply_preconditioner(gradient, A, B, self._factors[2], rotated=rotated), (rotated,)
+        return apply_preconditioner(gradient, A, B, self._scale, rotated=rotated), (rotated,)
 
 
 class PreparedKronecker(Prepared):
@@ -74,7 +78,7 @@ class PreparedKronecker(Prepared):
         AA, BB = self._sides
         left = multiply_left(BB, gradient)
         both = multiply_right(left, AA)
-        return (both * self._factors[2].square()).to(both.dtype), (left, both)
+        return (both * self._scale.square()).to(both.dtype), (left, both)
 
 
 def _length(step: Tensor) -> Tensor:
@@ -109,6 +113,19 @@ def _versions(factors: tuple[Tensor | None, ...]) -> tuple[int, ...]:
 
 def _in_dtype(factors: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
     return [None if factor is None else factor.to(dtype) for factor in factors]
+
+
+def _padded(factors: Factors, padding: int) -> Factors:
+    """Append columns of zeros to the matrix, which change nothing: zeros at the end of A's axes and of S's second."""
+    A, B, S = factors
+    if padding == 0:
+        return factors
+    A = A if A is None else F.pad(A, (0, padding) * A.ndim)
+    return A, B, F.pad(S, (0, padding)) if S.ndim else S
+
+
+def _cropped(side: Tensor, width: int) -> Tensor:
+    return side if len(side) == width else side[(slice(width),) * side.ndim].clone()
 
 
 class Block:
@@ -168,6 +185,14 @@ class Block:
         return self.state.get(names[0]), self.state.get(names[1]), self.state["S"]
 
     @property
+    def _width(self) -> int:
+        return self.weight[0].numel() + (self.bias is not None)
+
+    @property
+    def _padding(self) -> int:
+        return 0 if self.structure == "diag" else -self._width % _COLUMNS
+
+    @property
     def _dtype(self) -> torch.dtype:
         """The dtype of the products; what is accumulated has at least 32 bits."""
         name = self.group["precond_dtype"]
@@ -180,18 +205,20 @@ class Block:
             return values[0].to(self._dtype)
         by_id = {id(p): value for p, value in zip(self.params, values, strict=True)}
         weight = by_id.get(id(self.weight))
-        matrix = (torch.zeros_like(self.weight) if weight is None else weight).reshape(len(self.weight), -1)
+        parts = [(torch.zeros_like(self.weight) if weight is None else weight).reshape(len(self.weight), -1)]
         if self.bias is not None:
             bias = by_id.get(id(self.bias))
-            matrix = torch.cat([matrix, (torch.zeros_like(self.bias) if bias is None else bias)[:, None]], 1)
-        return matrix.to(self._dtype)
+            parts.append((torch.zeros_like(self.bias) if bias is None else bias)[:, None])
+        if self._padding:
+            parts.append(parts[0].new_zeros(len(self.weight), self._padding))
+        return (torch.cat(parts, 1) if len(parts) > 1 else parts[0]).to(self._dtype)
 
     def _parts(self, matrix: Tensor) -> list[Tensor]:
         """Undo :meth:`_matrix`."""
         if self.structure == "diag":
             return [matrix]
-        weight = matrix if self.bias is None else matrix[:, :-1]
-        parts = [weight.reshape(p.shape) if p is self.weight else matrix[:, -1] for p in self.params]
+        width = self.weight[0].numel()
+        parts = [matrix[:, :width].reshape(p.shape) if p is self.weight else matrix[:, width] for p in self.params]
         # 16-bit numbers are added with another rounding where they are strided.
         return [part.contiguous() for part in parts] if matrix.dtype in _HALF else parts
 
@@ -218,7 +245,7 @@ class Block:
     def _prepared(self, cache: dict[Tensor, Prepared]) -> Prepared:
         if self.weight not in cache or not cache[self.weight].made_from(self._factors):
             kind: type[Prepared] = PreparedKronecker if self._squared else Prepared
-            cache[self.weight] = kind(self._factors, self._dtype)
+            cache[self.weight] = kind(self._factors, self._dtype, self._padding)
         return cache[self.weight]
 
     def shrink(self) -> None:
@@ -247,15 +274,18 @@ class Block:
         self.state.update({name: value for name, value in step._asdict().items() if value is not None})
 
     def _multiplicative_step(self, M: Tensor, cotangent: Tensor) -> MetaStep:
-        A, B, S = self._factors
+        A, B, S = _padded(self._factors, self._padding)
         N = rotate_gradient(cotangent, *_in_dtype((A, B), cotangent.dtype))
         (M,), (N,), magnitude = _of_unit_size((M,), (N,))
-        return multiplicative_meta_step(
+        A, B, S, norms = multiplicative_meta_step(
             M, N, A, B, S, self.state["norms"], self.group["meta_lr"], magnitude=magnitude
-        )  # fmt: skip
+        )
+        if self._padding:
+            A, S = A if A is None else _cropped(A, self._width), S[:, : self._width].contiguous()
+        return MetaStep(A, B, S, norms)
 
     def _kronecker_step(self, gradient: Tensor, cotangent: Tensor, products: list[Tensor]) -> KroneckerStep:
-        AA, BB, S = self._factors
+        AA, BB, S = _padded(self._factors, self._padding)
         assert AA is not None
         assert BB is not None
         (gradient, left, both), (cotangent,), magnitude = _of_unit_size((gradient, *products), (cotangent,))
@@ -263,6 +293,7 @@ class Block:
             gradient, cotangent, AA, BB, S, self.state["norms"], self.group["meta_lr"],
             products=(left, both), magnitude=magnitude,
         )  # fmt: skip
+        AA = _cropped(AA, self._width)
         # Only the product of all three means anything; left alone the sides shrink for ever, and the scale overflows.
         size_a, size_b = _size(AA), _size(BB)
         size = size_a * size_b
@@ -270,6 +301,8 @@ class Block:
 
     def _adam_step(self, gradient: Tensor, cotangent: Tensor) -> None:
         wide = at_least_single(gradient.dtype)
+        if self._padding:
+            gradient, cotangent = gradient[:, : self._width], cotangent[:, : self._width]
         A, B, S = (None if factor is None else factor.to(wide) for factor in self._factors)
         assert S is not None
         found = preconditioner_gradients(gradient.to(wide) * float(self.group["lr"]), cotangent.to(wide), A, B, S)

@@ -37,9 +37,8 @@ class APOPreconditioner(Optimizer):
         + \tfrac{\lambda_W}{2} \lVert \Delta \rVert^2
 
     with respect to A, B and S in closed form, moves them, and makes the step with the new preconditioner (with
-    ``apply="after"``, the next one). If Q exceeds
-    :math:`J_B(\theta)` by more than a tenth or is not finite, P is halved instead. No matrix is inverted or decomposed,
-    so everything runs in bfloat16 and float16 too.
+    ``apply="after"``, the next one). If Q exceeds :math:`J_B(\theta)` by more than a tenth or is not finite, P is
+    halved instead. No matrix is inverted or decomposed, so everything runs in bfloat16 and float16 too.
 
     Args:
         params: a module, or what any optimizer takes: parameters, or groups of them. Given a module (also as
@@ -89,11 +88,12 @@ class APOPreconditioner(Optimizer):
         Cost: two matrix products per weight and step (``"kron"``) or four (``"ekfac"``); a meta-step adds two forward
         and backward passes and six products (``"kron"``; ``"ekfac"`` as many and the cube of each side), with
         ``apply="before"`` those of a step more. Memory: A and B, a moving average, two more copies of the parameters
-        during a meta-step. A step with gradients that are not finite is left out, with a warning, as a ``GradScaler``
-        would do it. Distributed: what the objective returns is averaged over all ranks, so P stays equal on them and a
-        meta-step is rejected on all or none; gradients are expected to be averaged already, as
-        ``DistributedDataParallel`` does. Evaluate the objective on the module itself, not on its wrapper. Sharded
-        parameters are not supported.
+        during a meta-step; A once more where the weight's columns, bias included, are no multiple of eight, to which
+        they are rounded up for speed, or the products have another dtype (then B too). A step with gradients that are
+        not finite is left out, with a warning, as a ``GradScaler`` would do it. Distributed: what the objective returns
+        is averaged over all ranks, so P stays equal on them and a meta-step is rejected on all or none; gradients are
+        expected to be averaged already, as ``DistributedDataParallel`` does. Evaluate the objective on the module
+        itself, not on its wrapper. Sharded parameters are not supported.
 
     >>> net = torch.nn.Linear(1, 1, bias=False)
     >>> _ = torch.nn.init.ones_(net.weight)

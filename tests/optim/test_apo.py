@@ -562,6 +562,23 @@ def test_a_batch_unlike_the_others_is_not_the_end():
     assert ends[3.0] < 1e-2 < 1.0 < ends[None]
 
 
+@pytest.mark.parametrize("max_dim", [4096, 5, 3])
+@pytest.mark.parametrize("meta_update", ["multiplicative", "adam"])
+@pytest.mark.parametrize("structure", ["kron", "ekfac"])
+def test_columns_of_zeros_that_round_up_a_matrix_change_nothing(structure, meta_update, max_dim, monkeypatch):
+    ends = []
+    for columns in (1, 4):  # the layers have 6 and 5 columns
+        monkeypatch.setattr("lightning_ext.optim._apo_blocks._COLUMNS", columns)
+        net = mlp().double()
+        options = {"structure": structure, "meta_update": meta_update, "max_dim": max_dim}
+        optimizer = APOPreconditioner(net, 0.3, every_n_steps=2, **options)
+        train(net, optimizer, classification(30, dtype=torch.float64))
+        state = optimizer.state[net[0].weight]
+        ends.append([weights(net), *(state[name] for name in ("A", "AA", "B", "BB", "S") if name in state)])
+        assert all(x.untyped_storage().nbytes() == x.nbytes for x in ends[-1])
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-9, atol=1e-9)
+
+
 def test_the_additive_update_of_a_kronecker_structure_has_the_factors_themselves():
     net = mlp()
     optimizer = APOPreconditioner(net, 0.1, meta_update="adam", every_n_steps=1)
