@@ -257,7 +257,7 @@ def mnist_claims(images: Tensor, seeds: Sequence[int], epochs: int) -> Iterator[
     @functools.cache
     def found() -> Any:
         x = images.to("cuda" if torch.cuda.is_available() else "cpu")
-        methods = {**precondition.AUTOENCODER, **precondition.soap()}
+        methods = {**precondition.AUTOENCODER, **precondition.soap(3e-3, 1e-2, 3e-2)}
         problem = functools.partial(mnist_problem, x)
         return precondition.compare("F, MNIST", methods, problem, seeds, steps, every, synchronised)
 

@@ -296,8 +296,8 @@ def _with_previous(batches: Iterator[Tensor]) -> Iterator[tuple[Tensor, Tensor]]
     return itertools.pairwise(batches)  # type: ignore[return-value]
 
 
-def autoencoder(seed: int) -> Problem:
-    """Grey digits through a bottleneck of 8, batches of 500."""
+def autoencoder(seed: int, batch_size: int | None = 500) -> Problem:
+    """Grey digits through a bottleneck of 8; a batch of ``None`` is all of them."""
     torch.manual_seed(seed)
     model = perceptron((64, 48, 24, 8, 24, 48, 64), nn.Tanh)
     x = _digits()[0]
@@ -306,17 +306,17 @@ def autoencoder(seed: int) -> Problem:
     def loss(inputs: Tensor) -> Tensor:
         return squared_error(model(inputs), inputs)
 
-    batches = (x[torch.randperm(len(x), generator=draw)[:500]] for _ in itertools.count())
+    batches = (x[torch.randperm(len(x), generator=draw)[:batch_size]] for _ in itertools.count())
     swapped = ((new, old) for old, new in _with_previous(batches))
     return Problem(model, loss, model, squared_error, swapped, lambda: float(loss(x)))
 
 
-def soap() -> dict[str, dict[str, Factory]]:
-    """SOAP at three learning rates, where its package is installed."""
+def soap(*values: float) -> dict[str, dict[str, Factory]]:
+    """SOAP at these learning rates, where its package is installed."""
     if importlib.util.find_spec(SOAP_PACKAGE) is None:
         return {}
     kind = importlib.import_module(SOAP_PACKAGE).SOAP
-    return {"SOAP": rates(kind, 3e-3, 1e-2, 3e-2)}
+    return {"SOAP": rates(kind, *values)}
 
 
 AUTOENCODER: dict[str, dict[str, Factory]] = {
@@ -331,7 +331,21 @@ AUTOENCODER: dict[str, dict[str, Factory]] = {
 
 def autoencoders(seeds: Sequence[int], steps: int) -> Comparison:
     """Experiment C."""
-    return compare("C, autoencoder", {**AUTOENCODER, **soap()}, autoencoder, seeds, steps, 25)
+    return compare("C, autoencoder", {**AUTOENCODER, **soap(3e-3, 1e-2, 3e-2)}, autoencoder, seeds, steps, 25)
+
+
+OTHER_BATCH = {
+    "APO-P, K = 1": {
+        f"λ_F {lam_f:g}": apo(lam_f=lam_f, momentum=0.9, meta_lr=0.4, every_n_steps=1) for lam_f in (1.0, 3.0)
+    }
+}
+
+
+def other_batches(batch_size: int | None, seeds: Sequence[int], steps: int) -> Comparison:
+    """Experiment C against SOAP alone, with batches of another size."""
+    title = f"C, batches of {batch_size or 'everything'}"
+    problem = functools.partial(autoencoder, batch_size=batch_size)
+    return compare(title, {**OTHER_BATCH, **soap(3e-3, 1e-2)}, problem, seeds, steps, 25)
 
 
 # -- D: bfloat16 ----------------------------------------------------------------------------------------------------

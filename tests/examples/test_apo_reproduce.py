@@ -23,7 +23,7 @@ TINY = {
     "cifar_epochs": 1,
     "mnist_epochs": 1,
 }
-NUMBERS = "A1 A2 A3 A4 A5 A6 A7 A8 A9 B1 B2 B3 B4 B5 C1 C2 C3 C4 D1 D2 D3 D4 E1 E2 E3"
+NUMBERS = "A1 A2 A3 A4 A5 A6 A7 A8 A9 B1 B2 B3 B4 B5 C1 C2 C3 C4 C5 C6 D1 D2 D3 D4 E1 E2 E3"
 
 
 @pytest.fixture
@@ -214,21 +214,28 @@ def test_regression_criteria(script, monkeypatch):
 def test_autoencoder_criteria(script, monkeypatch):
     part = script._part("precondition")
 
-    def found(k1, k10, soap=None):
+    def found(k1, k10, soap=None, small=0.0, whole=0.0):
         runs = comparison(script, SGDm=0.40, Adam=0.30, **({"SOAP": soap} if soap else {})).runs
-        ours = comparison(script, one=k1, ten=k10).runs
-        made = part.Comparison({**runs, "APO-P, K = 1": ours["one"], "APO-P, K = 10": ours["ten"]})
-        monkeypatch.setattr(part, "autoencoders", lambda seeds, steps: made)
+
+        def made(one, ten):
+            ours = comparison(script, one=one, ten=ten).runs
+            return part.Comparison({**runs, "APO-P, K = 1": ours["one"], "APO-P, K = 10": ours["ten"]})
+
+        others = {100: made(small, k10), None: made(whole, k10)}
+        monkeypatch.setattr(part, "autoencoders", lambda seeds, steps: made(k1, k10))
+        monkeypatch.setattr(part, "other_batches", lambda size, seeds, steps: others[size])
         claims = list(script.autoencoder_claims((0,)))
-        assert ("not run" in claims[-1].measure().ours) == (soap is None)
+        assert all(("not run" in claim.measure().ours) == (soap is None) for claim in claims[-3:])
         return [name for name, passed in outcomes(claims).items() if not passed]
 
     assert found(0.27, 0.32, soap=0.28) == []
-    assert found(0.27, 0.32) == ["C4"]
+    assert found(0.27, 0.32) == ["C4", "C5", "C6"]
     assert found(0.27, 0.34, soap=0.28) == ["C1"]
     assert found(0.27, 0.45, soap=0.28) == ["C1", "C3"]
     assert found(0.29, 0.32, soap=0.28) == ["C4"]
     assert found(0.34, 0.32, soap=0.28) == ["C2", "C4"]
+    assert found(0.27, 0.32, soap=0.28, small=0.29) == ["C5"]
+    assert found(0.27, 0.32, soap=0.28, whole=0.29) == ["C6"]
 
 
 def test_half_precision_criteria(script, monkeypatch):
@@ -308,10 +315,10 @@ def test_soap_is_compared_where_its_package_is_installed(script, monkeypatch):
     part = script._part("precondition")
     assert part.SOAP_PACKAGE == "pytorch_optimizer"
     monkeypatch.setattr(part, "SOAP_PACKAGE", "no_such_package")
-    assert part.soap() == {}
+    assert part.soap(0.01) == {}
     monkeypatch.setattr(part, "SOAP_PACKAGE", "torch.optim")
     monkeypatch.setattr(torch.optim, "SOAP", torch.optim.Adam, raising=False)
-    ((name, settings),) = part.soap().items()
+    ((name, settings),) = part.soap(0.01).items()
     assert name == "SOAP"
     assert isinstance(settings["lr 0.01"](part.autoencoder(0)), torch.optim.Adam)
 
