@@ -129,6 +129,7 @@ def _rank_main(
             world_size=world_size,
             timeout=timedelta(seconds=timeout),
         )
+        dist.barrier()  # a rank that is done at once must not leave while others still connect to it
         torch.save(fn(rank, *args), Path(folder, f"{rank}.part"))
         Path(folder, f"{rank}.part").rename(Path(folder, f"{rank}.result"))
         dist.destroy_process_group()

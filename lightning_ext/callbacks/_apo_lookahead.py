@@ -110,7 +110,7 @@ class LookAhead:
         self._batch: Any = None
         self._batch_idx = 0
         self._rng: tuple[Tensor, Tensor | None] | None = None
-        self._previous: Any = None
+        self._previous: tuple[Any, float] | None = None  # a batch, and the part of it that is B'
         self._saved: list[Any] | None = None
         self.step_made = False
         self.draws = 0
@@ -137,7 +137,8 @@ class LookAhead:
             self._loader(trainer)
         if self._saved is not None and len(self._saved) == trainer.world_size:
             previous = self._saved[trainer.global_rank]
-            self._previous = apply_to_collection(previous, Tensor, lambda t: t.to(pl_module.device))
+            if previous is not None:
+                self._previous = apply_to_collection(previous, Tensor, lambda t: t.to(pl_module.device)), 1.0
         self._saved = None
 
     def observe(self, batch: Any, batch_idx: int, device: torch.device, *, keep_rng: bool) -> None:
@@ -150,7 +151,7 @@ class LookAhead:
     def batch_done(self, *, keep: bool = True) -> None:
         """Where B was the last batch of an optimizer step, it becomes the previous one."""
         if self.step_made:
-            self._previous, self.step_made = (self._batch if keep else None), False
+            self._previous, self.step_made = ((self._batch, self.fsd_fraction) if keep else None), False
         self._batch = self._rng = None
 
     def drop_restored(self) -> None:
@@ -165,7 +166,7 @@ class LookAhead:
     def _other_batch(self, trainer: Trainer, pl_module: LightningModule) -> Any:
         """Batch B', or ``None`` where there is none yet."""
         if self.fsd_batch == "previous":
-            return None if self._previous is None else _part(self._previous, self.fsd_fraction)
+            return None if self._previous is None else _part(*self._previous)
         loader = self._loader(trainer)
         dataset = loader.dataset
         size = int(loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 1)
@@ -294,8 +295,8 @@ class LookAhead:
         distributed = dist.is_available() and dist.is_initialized()
         if distributed and not collective:
             return {"draws": self.draws, "previous": None}
-        previous = self._previous if self.fsd_batch == "previous" else None
-        previous = None if previous is None else _part(previous, self.fsd_fraction)
+        keeps = self.fsd_batch == "previous" and self._previous is not None
+        previous = _part(*self._previous) if keeps else None  # type: ignore[misc]
         plain = _plain_bytes(previous)
         size = math.inf if plain is None else plain
         if distributed:

@@ -33,8 +33,8 @@ def at_least_single(dtype: torch.dtype) -> torch.dtype:
 
 
 def has_gradient(p: Tensor) -> bool:
-    """Whether there is anything to step along."""
-    return p.grad is not None and p.numel() > 0
+    """Whether there is anything to step along; a frozen parameter may have an old gradient left."""
+    return p.requires_grad and p.grad is not None and p.numel() > 0
 
 
 def _dense_gradient(p: Tensor) -> Tensor:
@@ -248,10 +248,14 @@ class Block:
             cache[self.weight] = kind(self._factors, self._dtype, self._padding)
         return cache[self.weight]
 
+    @property
+    def _learns(self) -> bool:
+        return bool(self.group["meta_lr"] > 0 and self.group["lr"] > 0)  # nothing judges what moves nothing
+
     def shrink(self) -> None:
         """Halve the preconditioner."""
         self._kept = ()
-        if self.group["meta_lr"] > 0:
+        if self._learns:
             self.state["S"].mul_(_SHRINKAGE)
             if "length" in self.state:
                 self.state["length"].mul_(_SHRINKAGE**2)
@@ -259,7 +263,7 @@ class Block:
     def meta_step(self, cotangents: list[Tensor]) -> None:
         """Update the factors by the gradient of the objective at the look-ahead point."""
         (gradient, *products), self._kept = self._kept, ()
-        if self.group["meta_lr"] == 0:
+        if not self._learns:
             return
         self.state["length"] = self._length
         cotangent = self._matrix(cotangents)

@@ -21,6 +21,7 @@ _MATRIX_MODULES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # every rise keeps the steps of noisy training far too short.
 _TOLERATED_RISE = 0.1
 _META_LR = {"multiplicative": 0.3, "adam": 3e-3}
+_STEP_LIMIT = 3.0
 _PATIENCE = 3  # due steps without an objective before the warning
 
 
@@ -120,7 +121,7 @@ class APOPreconditioner(Optimizer):
         max_dim: int = 4096,
         precond_dtype: str | None = None,
         apply: Literal["before", "after"] = "before",
-        step_limit: float | None = 3.0,
+        step_limit: float | None = _STEP_LIMIT,
     ) -> None:
         self.look_ahead: ProximalObjective | None = None
         self.last_meta_step: dict[str, float] | None = None
@@ -152,6 +153,8 @@ class APOPreconditioner(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("step_limit", _STEP_LIMIT)  # states from before there was one
         self._prepared, self.look_ahead, self._missed = {}, None, 0
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -197,12 +197,14 @@ def test_weights_and_preconditioner_are_equal_on_two_ranks():
     assert any(not torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
 
 
-def test_resumed_training_ends_as_if_it_had_never_stopped():
+@pytest.mark.parametrize("crash_at", [(1, 1), (1, 2)])
+@pytest.mark.parametrize("fsd_fraction", [0.25, 0.5, 1.0])
+def test_resumed_training_ends_as_if_it_had_never_stopped(fsd_fraction, crash_at):
     from lightning_ext.testing import StatefulLoader
 
     assert_resumes(
-        lambda: plain().float(),
+        lambda: net().float(),
         lambda: StatefulLoader(toys.rows(24), batch_size=6),
-        lambda: [APOPreconditioning(divergence="kl")],
-        crash_at=(1, 1),
+        lambda: [APOPreconditioning(divergence="kl", fsd_fraction=fsd_fraction)],
+        crash_at=crash_at,
     )

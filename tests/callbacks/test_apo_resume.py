@@ -24,6 +24,7 @@ RESUMED = {
     "after": lambda: APOLearningRate(every_n_steps=2, warmup_steps=2, apply="after"),
     "next": lambda: APOLearningRate(every_n_steps=2, lam_f=0.0, loss_batch="next"),
     "own loader": lambda: APOLearningRate(every_n_steps=2, fsd_batch=toys.loader(12, 4, seed=9), fsd_fraction=1.0),
+    "a part": lambda: APOLearningRate(every_n_steps=2, warmup_steps=2, fsd_fraction=0.6),
     "hypergradient": lambda: HypergradientLR(meta_lr=1e-2),
     "hypergradient layer": lambda: HypergradientLR(meta_lr=1e-2, granularity="layer"),
     "scheduler": lambda: APOLearningRate(every_n_steps=2, warmup_steps=2, on_scheduler="multiply"),

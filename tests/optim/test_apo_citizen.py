@@ -343,6 +343,49 @@ def test_while_the_rate_is_zero_nothing_is_learned():
     assert not optimizer.meta_step_due
 
 
+@pytest.mark.parametrize("structure", ["kron", "ekfac", "diag"])
+def test_a_group_that_stands_still_learns_nothing(structure):
+    net = mlp()
+    groups = [{"params": net[0], "lr": 0.1}, {"params": net[2], "lr": 0.2}]
+    optimizer = APOPreconditioner(groups, every_n_steps=1, structure=structure)
+    optimizer.param_groups[1]["lr"] = 0.0
+    before = net[2].weight.detach().clone()
+    train(net, optimizer, classification(50))
+    still, moving = (dict(optimizer.state[layer.weight]) for layer in (net[2], net[0]))
+    assert net[2].weight.equal(before)
+    assert still["S"].equal(torch.ones_like(still["S"])), "it moves nothing, so nothing judges it"
+    assert not moving["S"].equal(torch.ones_like(moving["S"]))
+    optimizer.param_groups[1]["lr"] = 0.2
+    losses = train(net, optimizer, classification(50))
+    assert not net[2].weight.equal(before)
+    assert max(losses) < 1.5
+
+
+def test_frozen_with_a_gradient_left_is_left_alone():
+    net = mlp()
+    optimizer = APOPreconditioner(net, 0.1, every_n_steps=1)
+    train(net, optimizer, classification(2))
+    net[0].requires_grad_(False)
+    before = net[0].weight.detach().clone()
+    batches = classification(2)
+    for x, y in batches:
+        net.zero_grad(set_to_none=False)
+        F.cross_entropy(net(x), y).backward()
+        optimizer.step(look_ahead=objective_for(net, (x, y)))
+    assert net[0].weight.equal(before)
+
+
+def test_a_state_saved_before_an_option_was_there_has_its_default():
+    net = mlp()
+    optimizer = APOPreconditioner(net, 0.1, every_n_steps=1)
+    saved = optimizer.state_dict()
+    for group in saved["param_groups"]:
+        del group["step_limit"]
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["step_limit"] == 3.0
+    train(net, optimizer, classification(2))
+
+
 def test_an_overflow_of_the_loss_scale_is_no_broken_look_ahead():
     class Overflows(ProximalObjective):
         def gradient(self, *args, **kwargs):
