@@ -116,7 +116,9 @@ def _feed(lr: float) -> list[pl.Callback]:
 
 
 def _apo(structure: str, apply: str = "before") -> Make:
-    return lambda net, lr: APOPreconditioner(net, lr=lr, structure=structure, every_n_steps=EVERY, apply=apply)
+    return lambda net, lr: APOPreconditioner(
+        net, lr=lr, lam_f=2.0, structure=structure, every_n_steps=EVERY, apply=apply
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

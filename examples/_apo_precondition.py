@@ -325,7 +325,7 @@ AUTOENCODER: dict[str, dict[str, Factory]] = {
     "APO-P, K = 1": {
         f"meta-lr {rate:g}": apo(lam_f=3.0, momentum=0.9, meta_lr=rate, every_n_steps=1) for rate in (0.1, 0.2, 0.4)
     },
-    "APO-P, K = 10": {f"meta-lr {rate:g}": apo(meta_lr=rate, every_n_steps=10) for rate in (0.1, 0.3, 0.45)},
+    "APO-P, K = 10": {f"meta-lr {rate:g}": apo(lam_f=2.0, meta_lr=rate, every_n_steps=10) for rate in (0.1, 0.3, 0.45)},
 }
 
 
@@ -380,7 +380,7 @@ def precision_run(
     """Experiment D for one combination."""
     title = f"D, {structure}, weights {str(weights).removeprefix('torch.')}, preconditioner {preconditioner}"
     progress = training.Progress(title, steps * len(seeds))
-    make = apo(structure=structure, precond_dtype=preconditioner)
+    make = apo(lam_f=2.0, structure=structure, precond_dtype=preconditioner)
     losses, accuracies = [], []
     with progress.run("all seeds"), training.one_thread():
         for seed in seeds:

@@ -74,6 +74,7 @@ class LookAhead:
         divergence: a name, a function, or ``"auto"``.
         fsd_batch: ``"previous"``, ``"loader"`` or a DataLoader.
         fsd_fraction: the part of B' that is used, in ``(0, 1]``.
+        fsd_rows: how many rows of B', where it has them, are used in any case; one is too few for batch norm.
         loss_fraction: the part of B on which the loss is taken, likewise.
         seed: of the dropout masks on B' and of its draws from a loader.
     """
@@ -87,6 +88,7 @@ class LookAhead:
         divergence: str | Divergence,
         fsd_batch: Literal["previous", "loader"] | DataLoader[Any],
         fsd_fraction: float,
+        fsd_rows: int = 2,
         loss_fraction: float,
         seed: int,
     ) -> None:
@@ -98,7 +100,8 @@ class LookAhead:
         if isinstance(fsd_batch, DataLoader):
             _random_access(fsd_batch, who)
         self.who, self.output_fn, self.loss_fn = who, output_fn, loss_fn
-        self.fsd_batch, self.fsd_fraction, self.loss_fraction, self.seed = fsd_batch, fsd_fraction, loss_fraction, seed
+        self.fsd_batch, self.loss_fraction, self.seed = fsd_batch, loss_fraction, seed
+        self.fsd_fraction, self.fsd_rows = fsd_fraction, fsd_rows
         for name, function in (("output_fn", output_fn), ("loss_fn", loss_fn)):
             if function is not None and not callable(function):
                 raise ValueError(f"{name} must be a function (module, batch) -> tensor, or None; got {function!r}.")
@@ -166,11 +169,11 @@ class LookAhead:
     def _other_batch(self, trainer: Trainer, pl_module: LightningModule) -> Any:
         """Batch B', or ``None`` where there is none yet."""
         if self.fsd_batch == "previous":
-            return None if self._previous is None else _part(*self._previous)
+            return self._part_of_previous()
         loader = self._loader(trainer)
         dataset = loader.dataset
         size = int(loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 1)
-        size = max(min(size, 2), math.ceil(size * self.fsd_fraction))  # one row is too few for batch norm
+        size = max(min(size, self.fsd_rows), math.ceil(size * self.fsd_fraction))
         generator = torch.Generator().manual_seed(fold_in(self.seed, self.draws, trainer.global_rank))
         self.draws += 1
         chosen = torch.randint(len(dataset), (size,), generator=generator).tolist()  # type: ignore[arg-type]
@@ -181,6 +184,9 @@ class LookAhead:
             batch = trainer.precision_plugin.convert_input(batch)
             batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)  # also that of a data module
             return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+    def _part_of_previous(self) -> Any:
+        return None if self._previous is None else _part(*self._previous, self.fsd_rows)
 
     def _loader(self, trainer: Trainer) -> DataLoader[Any]:
         loader = trainer.train_dataloader if self.fsd_batch == "loader" else self.fsd_batch
@@ -295,8 +301,7 @@ class LookAhead:
         distributed = dist.is_available() and dist.is_initialized()
         if distributed and not collective:
             return {"draws": self.draws, "previous": None}
-        keeps = self.fsd_batch == "previous" and self._previous is not None
-        previous = _part(*self._previous) if keeps else None  # type: ignore[misc]
+        previous = self._part_of_previous() if self.fsd_batch == "previous" else None
         plain = _plain_bytes(previous)
         size = math.inf if plain is None else plain
         if distributed:
@@ -350,13 +355,13 @@ def _default_outputs(pl_module: LightningModule, batch: Any, who: str) -> Any:
         ) from error
 
 
-def _part(batch: Any, fraction: float) -> Any:
-    """The first rows of every tensor, at least two, where all tensors agree on their number."""
+def _part(batch: Any, fraction: float, least: int = 2) -> Any:
+    """The first rows of every tensor, at least so many, where all tensors agree on their number."""
     lengths: set[int] = set()
     apply_to_collection(batch, Tensor, lambda t: lengths.add(len(t) if t.ndim else 0))
     if fraction == 1 or len(lengths) != 1 or (n := lengths.pop()) < 2:
         return batch
-    rows = max(2, math.ceil(n * fraction))
+    rows = max(least, math.ceil(n * fraction))
     return apply_to_collection(batch, Tensor, lambda t: t[:rows])
 
 

@@ -20,6 +20,8 @@ from lightning_ext.optim import APOPreconditioner
 
 __all__ = ["APOPreconditioning"]
 
+_FSD_FRACTION, _FSD_ROWS = 0.25, 128
+
 
 class APOPreconditioning(Callback):
     r"""Let the :class:`~lightning_ext.optim.APOPreconditioner` of a module learn its preconditioner.
@@ -31,7 +33,8 @@ class APOPreconditioning(Callback):
     Args:
         fsd_batch: where :math:`B'` comes from: the ``"previous"`` batch, random examples of the training ``"loader"``'s
             data, or of another DataLoader's.
-        fsd_fraction: the part of :math:`B'` that is used, in (0, 1].
+        fsd_fraction: the part of :math:`B'` that is used, in (0, 1]; default a quarter, but 128 rows where
+            there are as many: on fewer, a step may fit B and change what nobody looks at.
         loss_fraction: the part of :math:`B` on which the loss before and after the look-ahead is taken, in (0, 1]; a
             smaller one makes look-aheads on large batches cheaper, and noisier.
         output_fn: ``(module, batch) -> outputs``; default ``module(batch[0])``.
@@ -61,7 +64,7 @@ class APOPreconditioning(Callback):
     def __init__(
         self,
         fsd_batch: Literal["previous", "loader"] | DataLoader = "previous",  # type: ignore[type-arg]
-        fsd_fraction: float = 0.25,
+        fsd_fraction: float | None = None,
         loss_fraction: float = 1.0,
         output_fn: BatchFn | None = None,
         loss_fn: BatchFn | None = None,
@@ -76,7 +79,8 @@ class APOPreconditioning(Callback):
             loss_fn=loss_fn,
             divergence=divergence,
             fsd_batch=fsd_batch,
-            fsd_fraction=fsd_fraction,
+            fsd_fraction=_FSD_FRACTION if fsd_fraction is None else fsd_fraction,
+            fsd_rows=_FSD_ROWS if fsd_fraction is None else 2,
             loss_fraction=loss_fraction,
             seed=seed,
         )

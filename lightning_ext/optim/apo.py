@@ -47,15 +47,17 @@ class APOPreconditioner(Optimizer):
             matrix, embeddings get a diagonal, and frozen parameters are left out. Given parameters, those of fewer than
             two dimensions get a diagonal. A convolution's weight counts as ``(out, rest)``.
         lr: :math:`\eta > 0`. The preconditioner is relative to it and learns the length of the step: it follows a
-            schedule's change with one of its own, so prefer a constant. While it is 0 nothing is learned.
-        lam_f: :math:`\lambda_F \ge 0`, weight of the function-space discrepancy; default 2.
+            schedule's change with one of its own, so prefer a constant. While a group's is 0 its P stays as it is.
+        lam_f: :math:`\lambda_F \ge 0`, weight of the function-space discrepancy; default 10, which small
+            batches need: the loss on a batch just fitted says little. With hundreds of examples 2 is faster.
         lam_w: :math:`\lambda_W \ge 0`, weight of the weight-space discrepancy, which acts as damping.
         structure: ``"kron"`` (S a scalar), ``"ekfac"`` (S of the shape of the weight) or ``"diag"`` (S alone). With
             multiplicative updates ``"kron"`` holds :math:`AA^\top` and :math:`BB^\top`, see
             :func:`~lightning_ext.functional.kronecker_meta_step`.
         meta_lr: rate of the meta-updates, at least 0 and, for ``"multiplicative"``, below 1 (``"kron"``: below
-            0.5). 0 keeps P. Default 0.3 for ``"multiplicative"`` (take 0.03 for full batches at ``every_n_steps=1``),
-            0.003 for ``"adam"``.
+            0.5), which in exact arithmetic keeps P positive; 16-bit products may turn its smallest eigenvalues
+            slightly negative. 0 keeps P. Default 0.3 for ``"multiplicative"`` (take 0.03 for full batches at
+            ``every_n_steps=1``), 0.003 for ``"adam"``.
         meta_update: ``"multiplicative"`` steps of known relative size on the group of invertible matrices, or
             ``"adam"`` on the entries as in the paper.
         momentum: decay of the moving average, in [0, 1).
@@ -70,7 +72,8 @@ class APOPreconditioner(Optimizer):
             layers. With ``every_n_steps=1`` on full batches it learned an ill-conditioned problem markedly slower.
         step_limit: a step, relative to ``lr``, moves no weight (with its bias) further than this multiple of the last
             look-ahead that was not rejected; at least 1, or ``None`` for no limit. Nothing judges the steps between two
-            meta-steps, and a batch unlike the others may be the end of the training.
+            meta-steps, and a batch unlike the others may be the end of the training. Weight decay comes on top, a
+            schedule that raises ``lr`` raises the limit, and with ``meta_lr=0`` there is none.
 
     Raises:
         ValueError: For arguments out of range, complex parameters, groups that differ in an option for all.
@@ -110,7 +113,7 @@ class APOPreconditioner(Optimizer):
         params: nn.Module | Iterable[Any],
         lr: float = 0.1,
         *,
-        lam_f: float = 2.0,
+        lam_f: float = 10.0,
         lam_w: float = 1e-3,
         structure: Literal["kron", "ekfac", "diag"] = "kron",
         meta_lr: float | None = None,

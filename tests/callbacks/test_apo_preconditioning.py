@@ -139,11 +139,31 @@ def test_batch_norm_dropout_and_modes_are_left_alone():
     assert all(torch.equal(ours[key], alone[key]) for key in alone)
 
 
+@pytest.mark.parametrize("fsd_batch", ["previous", "loader"])
+def test_of_the_other_batch_a_quarter_is_used_but_no_few_rows(fsd_batch):
+    seen = set()
+
+    def output_fn(module, batch):
+        seen.add(len(batch[0]))
+        return module(batch[0])
+
+    for rows, used in ((6, 6), (200, 128), (1000, 250)):
+        seen.clear()
+        callback = APOPreconditioning(fsd_batch, output_fn=output_fn, divergence="kl")
+        toys.fit(net().float(), toys.loader(3 * rows, rows), callback)
+        assert seen == {used}
+    seen.clear()
+    toys.fit(
+        net().float(), toys.loader(18, 6), APOPreconditioning(fsd_batch, 0.5, output_fn=output_fn, divergence="kl")
+    )
+    assert seen == {3}
+
+
 def test_what_is_logged():
     _, seen = toys.fit(plain(), toys.as_they_are(*wide(batches())), APOPreconditioning(**WHOLE))
     assert {"apo/Q", "apo/loss_lookahead", "apo/fsd", "apo/wsd", "apo/rejected"} <= set(seen.logged[-1])
     last = seen.logged[-1]
-    expected = last["apo/loss_lookahead"] + 2.0 * last["apo/fsd"] + 1e-3 * last["apo/wsd"]
+    expected = last["apo/loss_lookahead"] + 10.0 * last["apo/fsd"] + 1e-3 * last["apo/wsd"]
     assert last["apo/Q"] == pytest.approx(expected, rel=1e-6)
 
 

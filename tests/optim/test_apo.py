@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from sklearn.datasets import load_digits
 from torch import nn
 
 from lightning_ext.functional import ProximalObjective, ProximalStep, apply_preconditioner, softmax_kl, squared_error
@@ -220,7 +221,8 @@ def test_the_report_is_the_objective_at_the_look_ahead_with_the_old_precondition
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_a_meta_step_lowers_the_objective_of_the_next_look_ahead(structure):
     net, (batch, other) = mlp(), classification(2)
-    optimizer = APOPreconditioner(net, 0.01, structure=structure, momentum=0.0, every_n_steps=1, meta_lr=0.1)
+    options = {"structure": structure, "momentum": 0.0, "every_n_steps": 1, "meta_lr": 0.1, "lam_f": 2.0}
+    optimizer = APOPreconditioner(net, 0.01, **options)
     start = {k: v.clone() for k, v in net.state_dict().items()}
     values = []
     for _ in range(20):  # from the same weights every time: only the preconditioner changes
@@ -560,6 +562,20 @@ def test_a_batch_unlike_the_others_is_not_the_end():
             optimizer.step(look_ahead=objective)
         ends[limit] = squared_error(net(x), y).item()
     assert ends[3.0] < 1e-2 < 1.0 < ends[None]
+
+
+@pytest.mark.parametrize("seed", [3, 5])
+def test_batches_far_smaller_than_the_network_are_not_its_end(seed):
+    """2 410 weights and 32 digits, a fifth with wrong labels: with ``lam_f=2`` the loss ends above 1.6."""
+    images, labels = load_digits(return_X_y=True)
+    x, y = torch.tensor((images - images.mean(0)) / (images.std(0) + 1e-6), dtype=torch.float32), torch.tensor(labels)
+    draw = torch.Generator().manual_seed(5)
+    y = torch.where(torch.rand(len(y), generator=draw) < 0.2, torch.randint(0, 10, y.shape, generator=draw), y)
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+    draws = (torch.randint(0, len(x), (32,), generator=draw.manual_seed(seed)) for seed in range(1000))
+    train(net, APOPreconditioner(net), ((x[chosen], y[chosen]) for chosen in draws))
+    assert F.cross_entropy(net(x), y).item() < 1.2
 
 
 @pytest.mark.parametrize("max_dim", [4096, 5, 3])
