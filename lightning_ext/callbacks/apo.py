@@ -43,8 +43,10 @@ class APOLearningRate(Callback):
     meta-step with logging muted, the same dropout masks, and random states, buffers, modes and metrics put back.
 
     Args:
-        lam_f: :math:`\lambda_F \ge 0`, the weight of the change of the outputs; larger is more cautious. ``"auto"``
-            steers it so that the change per step is ``trust_radius`` times the loss.
+        lam_f: :math:`\lambda_F \ge 0`, the weight of the change of the outputs; larger is more cautious. The default
+            is made for batches of a hundred and more. A long step can fit a small batch and nothing else: take 3 for
+            batches of 32, 10 for 8 or for much label noise, or training may break down. ``"auto"`` steers it so that
+            the change per step is ``trust_radius`` times the loss.
         lam_w: :math:`\lambda_W \ge 0`, the weight of the change of the weights. It holds what the outputs do not see:
             weights before a normalisation, whose scale changes no output.
         trust_radius: for ``lam_f="auto"`` the wanted :math:`D_F / J_B`, above 0.
