@@ -151,6 +151,12 @@ class LookAhead:
             cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
             self._rng = torch.get_rng_state(), cuda
 
+    @property
+    def rows(self) -> int | None:
+        """Rows of B, where its tensors agree on their number."""
+        lengths = _lengths(self._batch)
+        return lengths.pop() if len(lengths) == 1 else None
+
     def batch_done(self, *, keep: bool = True) -> None:
         """Where B was the last batch of an optimizer step, it becomes the previous one."""
         if self.step_made:
@@ -355,10 +361,15 @@ def _default_outputs(pl_module: LightningModule, batch: Any, who: str) -> Any:
         ) from error
 
 
-def _part(batch: Any, fraction: float, least: int = 2) -> Any:
-    """The first rows of every tensor, at least so many, where all tensors agree on their number."""
+def _lengths(batch: Any) -> set[int]:
     lengths: set[int] = set()
     apply_to_collection(batch, Tensor, lambda t: lengths.add(len(t) if t.ndim else 0))
+    return lengths
+
+
+def _part(batch: Any, fraction: float, least: int = 2) -> Any:
+    """The first rows of every tensor, at least so many, where all tensors agree on their number."""
+    lengths = _lengths(batch)
     if fraction == 1 or len(lengths) != 1 or (n := lengths.pop()) < 2:
         return batch
     rows = max(least, math.ceil(n * fraction))

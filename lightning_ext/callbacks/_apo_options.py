@@ -10,7 +10,7 @@ from typing import Any, Literal
 class RateOptions:
     """What :class:`APOLearningRate` was asked for; see there."""
 
-    lam_f: float | Literal["auto"]
+    lam_f: float | Literal["auto"] | None
     lam_w: float
     trust_radius: float
     every_n_steps: int
@@ -23,6 +23,20 @@ class RateOptions:
     apply: Literal["before", "after"]
     loss_batch: Literal["same", "next"]
     space: Literal["log", "linear"]
+
+
+ENOUGH_EXAMPLES = 100
+WEIGHT = 0.3  # lambda_F for so many
+
+
+def small_batch_weight(examples: int | None) -> float:
+    """The weight of the change of the outputs below which a step fits a small batch and nothing else; 0 for others.
+
+    Found by experiment between 8 and 64 examples, see the card.
+    """
+    if examples is None or not 0 < examples < ENOUGH_EXAMPLES:
+        return 0.0
+    return WEIGHT * (ENOUGH_EXAMPLES / examples) ** 2
 
 
 class NoLoss(Exception):  # noqa: N818 - not an error: training_step may return None
@@ -67,7 +81,7 @@ def check(o: RateOptions) -> None:
 def _check_weights(o: RateOptions) -> None:
     if isinstance(o.lam_f, str) and o.lam_f != "auto":
         raise ValueError(f"lam_f must be a number of at least 0 or 'auto'; got {o.lam_f!r}.")
-    for name, value in (("lam_f", 1.0 if o.lam_f == "auto" else o.lam_f), ("lam_w", o.lam_w)):
+    for name, value in (("lam_f", 1.0 if o.lam_f in ("auto", None) else o.lam_f), ("lam_w", o.lam_w)):
         if not isinstance(value, (int, float)) or isinstance(value, bool):
             raise ValueError(f"{name} must be a number of at least 0; got {value!r}.")
         if not (value >= 0 and math.isfinite(value)):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_ext.callbacks._apo_options import NoLoss, RateOptions
+from lightning_ext.callbacks._apo_options import WEIGHT, NoLoss, RateOptions, small_batch_weight
 from lightning_ext.functional import (
     ProximalObjective,
     inner_products,
@@ -89,7 +89,8 @@ class RateController:
         width = 1 if options.granularity == "global" else len(self.blocks)
         self.second_moment = torch.zeros(width, dtype=torch.float64)
         self.multiplier = torch.ones(len(self.blocks), dtype=torch.float64)
-        self.lam_f = 0.3 if options.lam_f == "auto" else options.lam_f
+        self.lam_f = WEIGHT if options.lam_f is None or options.lam_f == "auto" else options.lam_f
+        self._least_lam_f = 0.0
         self.count = self.meta_count = self.rms_count = self.rejections = 0
         self.report: dict[str, float] = {}
         self.paused = False  # another component has taken the learning rate over
@@ -168,14 +169,27 @@ class RateController:
         return self.lam_f > 0
 
     @property
+    def _weight(self) -> float:
+        """What the change of the outputs of the coming step weighs."""
+        given = isinstance(self.options.lam_f, (int, float))
+        return self.lam_f if given else max(self.lam_f, self._least_lam_f)
+
+    @property
     def needs_gradient(self) -> bool:
         """Whether the meta-step compares the slopes at both ends of the step."""
         return self.options.loss_batch == "same" and (self.warming_up or self.options.meta_optimizer == "secant")
 
     def before_step(
-        self, make_objective: Callable[[], ProximalObjective | None], grad_scale: float, skippable: bool
+        self,
+        make_objective: Callable[[], ProximalObjective | None],
+        grad_scale: float,
+        skippable: bool,
+        examples: int | None = None,
     ) -> None:
-        """The gradient is there, the weights have not moved yet; a gradient scaler may still skip the step."""
+        """The gradient is there, the weights have not moved yet; a gradient scaler may still skip the step.
+
+        ``examples``: how many the gradient is the mean of, where that is known.
+        """
         self._pending = None
         self._follow_groups()
         params = [p for block in self.blocks for p in block.params if p.grad is not None and p.requires_grad]
@@ -187,6 +201,7 @@ class RateController:
         if self._carried is not None and params:
             self._meta_step_on_next_gradient(grad_scale)
         objective = None
+        self._least_lam_f = small_batch_weight(examples)
         if self.due and params and self.options.loss_batch == "same":
             objective = make_objective()
             if objective is not None:
@@ -235,7 +250,7 @@ class RateController:
             return  # fused optimizers are called even where the scaler has found infinite gradients
         # Without lam_w in the gradient: its part of the slopes follows from the squares, a pass over the weights less.
         try:
-            step = objective.gradient(params, moved, lam_f=self.lam_f, lam_w=0.0)
+            step = objective.gradient(params, moved, lam_f=self._weight, lam_w=0.0)
         except NoLoss:  # training_step had none for this micro-batch either
             return
         slopes = [self._per_block(params, inner_products(step.gradient, moved) + lam_w * step.squares)]
@@ -248,7 +263,7 @@ class RateController:
         numbers = self.reduce(torch.cat([*slopes, scalars])).double().cpu()
         n = len(self.blocks)
         loss, fsd, wsd = numbers[-3:].tolist()
-        value = loss + self.lam_f * fsd + lam_w * wsd
+        value = loss + self._weight * fsd + lam_w * wsd
         if not numbers.isfinite().all():
             if pending.skippable and numbers[-3:].isfinite().all():
                 return  # the gradient overflowed at the current loss scale, the look-ahead itself is sound
@@ -370,8 +385,8 @@ class RateController:
         found = {"apo/loss_lookahead": loss, "apo/fsd": fsd, "apo/wsd": wsd, "apo/Q": value}
         if slope is not None:
             found["apo/meta_grad"] = float(slope.sum())
-        if self.options.lam_f == "auto":
-            found["apo/lam_f"] = self.lam_f
+        if self.options.lam_f is None or self.options.lam_f == "auto":
+            found["apo/lam_f"] = self._weight
         suffix = f"/{self.index}" if self.index else ""
         kept = {f"{k}{suffix}": v for k, v in found.items() if not math.isnan(v)}
         self.report = {**named, **kept, f"apo/rejected{suffix}": float(self.rejections)}

@@ -43,10 +43,11 @@ class APOLearningRate(Callback):
     meta-step with logging muted, the same dropout masks, and random states, buffers, modes and metrics put back.
 
     Args:
-        lam_f: :math:`\lambda_F \ge 0`, the weight of the change of the outputs; larger is more cautious. The default
-            is made for batches of a hundred and more. A long step can fit a small batch and nothing else: take 3 for
-            batches of 32, 10 for 8 or for much label noise, or training may break down. ``"auto"`` steers it so that
-            the change per step is ``trust_radius`` times the loss.
+        lam_f: :math:`\lambda_F \ge 0`, the weight of the change of the outputs; larger is more cautious. Default 0.3
+            where the gradient is the mean of a hundred examples or more, and :math:`0.3\,(100/B)^2` where it is of
+            :math:`B` fewer (over ranks and accumulation; 0.3 where the batch's tensors disagree on their number of
+            rows): a long step can fit a small batch and nothing else. ``"auto"`` steers it so that the change per step
+            is ``trust_radius`` times the loss, not below that weight for small batches.
         lam_w: :math:`\lambda_W \ge 0`, the weight of the change of the weights. It holds what the outputs do not see:
             weights before a normalisation, whose scale changes no output.
         trust_radius: for ``lam_f="auto"`` the wanted :math:`D_F / J_B`, above 0.
@@ -85,8 +86,8 @@ class APOLearningRate(Callback):
 
     Logs, of the last meta-step, whenever the Trainer logs and at the end of an epoch:
     ``apo/lr/<optimizer>/<group or layer>``, ``apo/Q``, ``apo/loss_lookahead``, ``apo/fsd`` (nats, or squared units),
-    ``apo/wsd``, ``apo/meta_grad``, ``apo/rejected`` (count), and ``apo/lam_f`` for ``"auto"``. Optimizers after the
-    first have their index appended.
+    ``apo/wsd``, ``apo/meta_grad``, ``apo/rejected`` (count), and ``apo/lam_f`` unless it was given. Optimizers after
+    the first have their index appended.
 
     Note:
         Cost per meta-step: one forward and backward pass on the part of :math:`B`, two forward and one backward on
@@ -109,7 +110,7 @@ class APOLearningRate(Callback):
 
     def __init__(
         self,
-        lam_f: float | Literal["auto"] = 0.3,
+        lam_f: float | Literal["auto"] | None = None,
         lam_w: float = 0.1,
         trust_radius: float = 0.05,
         every_n_steps: int = 10,
@@ -276,6 +277,7 @@ class APOLearningRate(Callback):
         if controller is None:
             return
         scaler = getattr(trainer.precision_plugin, "scaler", None)
+        rows = self.look_ahead.rows if controller.due else None
         still_scaled = scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False)
         controller.before_step(
             lambda: self.look_ahead.objective(
@@ -287,6 +289,7 @@ class APOLearningRate(Callback):
             ),
             grad_scale=float(scaler.get_scale()) if scaler is not None and still_scaled else 1.0,
             skippable=scaler is not None,
+            examples=None if rows is None else rows * trainer.accumulate_grad_batches * trainer.world_size,
         )
 
     def _after(self, controller: RateController) -> None:

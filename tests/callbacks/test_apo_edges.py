@@ -281,7 +281,7 @@ def test_collections_of_optimizers_are_told_apart():
     [
         ({"every_n_steps": 2.5}, "every_n_steps must be a whole number; got 2.5"),
         ({"lr_bounds": 0.1}, r"lr_bounds must be \(low, high\) with 0 < low < high; got 0.1"),
-        ({"lam_f": None}, "lam_f must be a number of at least 0; got None"),
+        ({"lam_f": [1]}, r"lam_f must be a number of at least 0; got \[1\]"),
         ({"output_fn": 3}, r"output_fn must be a function \(module, batch\) -> tensor, or None; got 3"),
         ({"optimizers": [0, 0]}, r"each once; got \[0, 0\]"),
     ],

@@ -10,6 +10,7 @@ from torch import nn
 
 from lightning_ext._lightning import Callback, LightningDataModule, submodule
 from lightning_ext.callbacks import APOLearningRate, HypergradientLR
+from lightning_ext.data import DigitsDataModule
 from lightning_ext.functional import ProximalObjective
 from tests.callbacks import apo_toys as toys
 
@@ -343,8 +344,8 @@ def test_weights_that_broke_between_two_meta_steps_stop_training_with_a_reason()
 
 def test_the_trust_radius_sets_the_change_per_step():
     generator = torch.Generator().manual_seed(1)
-    noise = torch.randn(240, 6, generator=generator), torch.randint(0, 3, (240,), generator=generator)
-    loader, found = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*noise), 24), []
+    noise = torch.randn(1000, 6, generator=generator), torch.randint(0, 3, (1000,), generator=generator)
+    loader, found = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*noise), 100), []
     for radius in (1e-3, 1e-2):
         torch.manual_seed(0)
         callback = APOLearningRate(lam_f="auto", trust_radius=radius, every_n_steps=2, warmup_steps=0)
@@ -459,3 +460,34 @@ def test_nothing_is_left_on_the_optimizer_or_the_module(callback):
     assert not optimizer._optimizer_step_pre_hooks
     assert not optimizer._optimizer_step_post_hooks
     assert not {"log", "log_dict"} & set(vars(module))
+
+
+def logged_weights(rows, callback, **trainer):
+    _, seen = toys.fit(toys.Classifier(), toys.loader(2 * rows, rows), callback, **trainer)
+    return [logged.get("apo/lam_f") for logged in seen.logged if "apo/Q" in logged]
+
+
+@pytest.mark.parametrize("lam_f", [None, "auto"])
+def test_fewer_than_a_hundred_examples_make_it_more_cautious(lam_f):
+    def callback():
+        return APOLearningRate(lam_f=lam_f, **toys.EVERY_STEP)
+
+    assert logged_weights(8, callback()) == [pytest.approx(0.3 * 12.5**2)]
+    assert logged_weights(50, callback()) == [pytest.approx(1.2)]
+    if lam_f is None:
+        assert logged_weights(100, callback()) == [pytest.approx(0.3)]
+    assert logged_weights(8, APOLearningRate(lam_f=0.3, **toys.EVERY_STEP)) == [None]
+    (accumulated,) = logged_weights(25, callback(), accumulate_grad_batches=2, max_epochs=2)
+    assert accumulated == pytest.approx(1.2), "the gradient is that of 50"
+
+
+def test_batches_of_eight_are_not_the_end():
+    """With ``lam_f=0.3`` the loss on all digits ends above 1.8."""
+    data = DigitsDataModule(batch_size=8, binarize=False)
+    data.setup()
+    module = toys.Classifier(lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9))
+    torch.manual_seed(0)
+    module.net = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 10))
+    toys.fit(module, data.train_dataloader(), APOLearningRate(), max_epochs=5)
+    x, y = data.train_set.tensors
+    assert torch.nn.functional.cross_entropy(module(x), y) < 0.6
